@@ -1,0 +1,1298 @@
+"""What every script needs and no method owns: the command line, data, model loading, log-probabilities, and the run.
+
+Read it in order; each section uses only what stands above it.
+
+    1. The command line       the flags all scripts share, and how errors reach the user
+    2. Rows                   files and Hub data sets -> checked rows, each with its file and line
+    3. Tokens and targets     a row -> token ids, and which of them the loss is taken on
+    4. Batches                held-out split, mixing, packing, and an order that survives a restart
+    5. Model                  device, tokenizer, weights, gradient checkpointing
+    6. Attention              one attention per document of a packed row
+    7. Log-probabilities      of target tokens, without ever holding (tokens x vocabulary) logits
+    8. Files                  adapters in PEFT's form and Hugging Face folders, never half-written
+    9. The run                learning rate, evaluation, samples, metrics, checkpoints, signals
+
+Nothing here knows a fine-tuning method: modules and losses stand in the scripts.
+"""
+
+import argparse
+import csv
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import jinja2
+import numpy as np
+import safetensors.torch
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch.distributed.checkpoint import state_dict as full_state
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# ---------------------------------------------------------------------------------------------- 1. The command line
+
+
+class UserError(Exception):
+    """Something the user can mend. `launch` prints it as one line that begins `error:` and exits with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a bad flag is a UserError: one line instead of the whole usage text."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind, minimum, below=math.inf):
+    """An argparse type: an int or a float in [minimum, below)."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not minimum <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{minimum}, {below})")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # what argparse calls it in its message
+    return parse
+
+
+def make_parser(doc: str, **defaults) -> Parser:
+    """The flags every script has. doc: the script's docstring. defaults: the script's own (output, lr ...)."""
+    parser = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
+    bundled = str(Path(__file__).parent / "examples" / "instructions.jsonl")
+    add("--model", default="tiny", help="a folder, a Hugging Face Hub name, or `tiny`: a small random Llama made in memory")
+    add("--data", nargs="+", metavar="PATH[:WEIGHT]", default=[bundled],
+        help=".jsonl, .json, .csv, .parquet files, folders of them, or Hub data sets (NAME, NAME@SPLIT, NAME@CONFIG@SPLIT). "
+        "WEIGHT is how often a row comes up in an epoch: 2 is twice, 0.5 half of the rows, and the other half in the next epoch")
+    add("--eval-data", nargs="+", metavar="PATH", help="held-out rows; default: --eval-fraction of the training prompts")
+    add("--eval-fraction", type=number(float, 0, 1), default=0.05, help="share held out, whole prompts at a time; 0 trains on all rows")
+    add("--output", help="folder for the result, metrics.jsonl and checkpoint/")
+    add("--max-length", type=number(int, 2), default=1024, help="tokens a row; longer conversations are cut at their end, longer texts split")
+    add("--batch-size", type=number(int, 1), default=4, help="rows in one forward pass on one device")
+    add("--grad-accum", type=number(int, 1), default=1, help="forward passes in one step: the gradient of a larger batch in the memory of a small one")
+    add("--epochs", type=number(int, 1), default=3, help="passes over the (weighted) rows")
+    add("--max-steps", type=number(int, 0), help="optimizer steps, whatever --epochs says; 0 only evaluates and saves")
+    add("--lr", type=number(float, 0), help="peak learning rate")
+    add("--warmup-ratio", type=number(float, 0, 1), default=0.03, help="share of the steps in which the rate climbs to its peak")
+    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="the rate after warmup: down to 0, or as it is")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's decoupled decay, on tensors of 2 or more dimensions")
+    add("--max-grad-norm", type=number(float, 0), default=1.0, help="clip the global gradient norm here; 0 never clips")
+    add("--seed", type=number(int, 0), default=0, help="of initial values, data order and the held-out split")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16, but float32 on a CPU")
+    add("--packing", action=yes_no, default=True, help="fill rows with whole documents that cannot see each other; without it, rows are padded")
+    add("--gradient-checkpointing", action=yes_no, default=False, help="recompute blocks in the backward pass: far less memory, a third more time")
+    add("--checkpoint-blocks", type=number(int, 1), metavar="N", help="recompute only the first N blocks (implies --gradient-checkpointing)")
+    add("--log-every", type=number(int, 1), default=5, help="steps between logged steps")
+    add("--eval-every", type=number(int, 1), default=100, help="steps between evaluations; there is one before and one after, too")
+    add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
+    add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
+    add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
+    add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
+    add("--system", metavar="TEXT", help="system turn of conversations that have none (some templates slip in one of their own)")
+    add("--template", metavar="NAME", help="chatml, alpaca, none (strings joined as they are) or a .jinja file; default: the model's, else alpaca")
+    add("--trust-remote-code", action="store_true", help="run the Python code that comes with some models")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def launch(main, out_of_memory: str) -> None:
+    """Run main(); turn what a user can mend into one line on stderr. out_of_memory: what this script can try, in order."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a full disk, a read-only folder: the checkpoint before is untouched
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------- 2. Rows
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def parse_json(raw: bytes, where: str):
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start}): save the file as UTF-8")
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply")
+    except ValueError as error:  # json.JSONDecodeError, and integers of thousands of digits
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{where if line == 1 else f'{where}:{line}'}: not valid JSON: {error}")
+
+
+def read_jsonl(path: Path):
+    with open(path, "rb") as file:
+        for n, raw in enumerate(file, 1):
+            raw = raw.removeprefix(BYTE_ORDER_MARK) if n == 1 else raw
+            if raw.strip():
+                yield parse_json(raw, f"{path}:{n}"), f"{path}:{n}"
+
+
+def read_json(path: Path):
+    """A JSON list, each element with the line it begins on. Many .json files hold an object a line: read as .jsonl."""
+    raw = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+    if not raw.lstrip().startswith(b"["):
+        yield from read_jsonl(path)
+        return
+    rows, text = parse_json(raw, str(path)), raw.decode("utf-8")
+    position, line = raw.index(b"["), 1 + raw[: raw.index(b"[")].count(b"\n")
+    for row in rows:  # the text is valid JSON by now: only find where each element begins
+        start = re.compile(r"\s*[\[,]\s*").match(text, position).end()
+        line += text.count("\n", position, start)
+        yield row, f"{path}:{line}"
+        position = json.JSONDecoder().raw_decode(text, start)[1]
+        line += text.count("\n", start, position)
+
+
+def read_csv(path: Path):
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(f"{path}:{reader.line_num}: {'more' if None in row else 'fewer'} fields than the header")
+                yield row, f"{path}:{reader.line_num}"
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}:{reader.line_num + 1}: {'not UTF-8' if isinstance(error, UnicodeError) else error}")
+
+
+def from_table(table, where: str):
+    """Rows of a columnar table. Columns know no missing fields, only nulls, so a null counts as missing."""
+
+    def drop_nulls(value):
+        if isinstance(value, dict):
+            return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+        return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+    return ((drop_nulls(row), f"{where}: row {n}") for n, row in enumerate(table, 1))
+
+
+def read_parquet(path: Path):
+    try:
+        yield from from_table(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), str(path))
+    except Exception as error:  # pyarrow and datasets raise a dozen kinds for a broken file
+        raise UserError(f"{path}: cannot be read as parquet: {(str(error) or repr(error)).splitlines()[0]}")
+
+
+READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+
+
+def open_source(name: str):
+    """A path or a Hub name -> (hash of its content, a function that yields (row, where it stands))."""
+    path = Path(name)
+    if not path.exists():
+        if path.suffix in READERS or name.startswith((".", "/", "~")):
+            raise UserError(f"--data {name}: no such file or folder")
+        hub, *rest = name.split("@")  # NAME, NAME@SPLIT or NAME@CONFIG@SPLIT
+        try:
+            table = datasets.load_dataset(hub, rest[0] if len(rest) == 2 else None, split=rest[-1] if rest else "train")
+        except Exception as error:  # no network, no such name, no such split
+            raise UserError(f"--data {name}: no such file, and no such data set on the Hub: {str(error).splitlines()[0]}")
+        return table._fingerprint, lambda: from_table(table, name)
+    files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
+    if not files or files[0].suffix not in READERS:
+        raise UserError(f"--data {name}: not a {', '.join(READERS)} file or a folder of them")
+    digest = "".join(f"{file} {file_digest(file)}" for file in files)
+    return digest, lambda: (item for file in files for item in READERS[file.suffix](file))
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_source(text: str) -> tuple[str, float]:
+    """PATH[:WEIGHT] -> (path, weight). A path with a colon of its own is taken whole if it exists."""
+    path, _, weight = text.rpartition(":")
+    if not path or Path(text).exists() or not re.fullmatch(r"[-+.\deE]+|nan|inf", weight):
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise UserError(f"--data {text}: the weight must be a positive number")
+    return path, value
+
+
+# What a row means. Types are checked here, once, so that everything after this can trust the row.
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "human": "user", "gpt": "assistant"}
+FORMATS = "text; messages or conversations; prompt and completion (or response); question and answer; instruction, input and output"
+
+
+def wrong(row: dict, key: str, wanted: str) -> str:
+    value = row.get(key)
+    if key in row and value is not None:
+        return f"field {key!r} is {'empty' if value == [] else type(value).__name__}, not {wanted}"
+    return f"field {key!r} is {'null' if key in row else 'missing'}"
+
+
+def field(row: dict, key: str, where: str) -> str:
+    """A string field, or an error that names file, line and field."""
+    if not isinstance(row.get(key), str):
+        raise UserError(f"{where}: {wrong(row, key, 'a string')}")
+    if re.search("[\ud800-\udfff]", row[key]):
+        raise UserError(f"{where}: field {key!r} holds half of a surrogate pair, which is no text")
+    return row[key]
+
+
+def messages(row: dict, key: str, where: str, role: str = "") -> list[dict]:
+    """A list of {"role", "content"}, or ShareGPT's from/value. Where a role is given, a string is one message of it."""
+    if role and isinstance(row.get(key), str):
+        return [{"role": role, "content": field(row, key, where)}]
+    if not isinstance(row.get(key), list) or not row[key]:
+        raise UserError(f"{where}: {wrong(row, key, 'a string or a list of messages' if role else 'a list of messages')}")
+    result = []
+    for n, message in enumerate(row[key], 1):
+        inside = f"{where}: message {n} of {key!r}"
+        if not isinstance(message, dict):
+            raise UserError(f"{inside} is {type(message).__name__}, not an object with role and content")
+        role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
+        if field(message, role_key, inside) not in ROLES:
+            raise UserError(f"{inside}: unknown role {message[role_key]!r} (known: {', '.join(ROLES)})")
+        result.append({"role": ROLES[message[role_key]], "content": field(message, content_key, inside)})
+    return result
+
+
+def parse_row(row, where: str) -> str | list[dict]:
+    """A training row in any of FORMATS -> its raw text, or its messages."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
+    for key in ("messages", "conversations"):
+        if key in row:
+            return messages(row, key, where)
+    for question, *answers in (("prompt", "completion", "response"), ("question", "answer")):
+        if question in row and "chosen" not in row and "responses" not in row:
+            answer = next((key for key in answers if key in row), answers[0])
+            return messages(row, question, where, "user") + messages(row, answer, where, "assistant")
+    if "instruction" in row:
+        user = {"role": "user", "content": field(row, "instruction", where)}
+        if row.get("input") is not None and field(row, "input", where):
+            user |= {"instruction": row["instruction"], "input": row["input"]}  # the Alpaca layout sets them apart
+            user["content"] += "\n\n" + row["input"]
+        return [user, {"role": "assistant", "content": field(row, "output", where)}]
+    if "text" in row:
+        return field(row, "text", where)
+    raise UserError(f"{where}: fields {sorted(map(str, row))} fit none of: {FORMATS}")
+
+
+def parse_preference(row, where: str) -> tuple[list[dict], list[list[dict]], float]:
+    """A preference or ranking row -> (prompt, answers from best to worst, margin). Without a prompt, it is the leading
+    turns that chosen and rejected have in common."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
+    if "responses" in row:
+        if not isinstance(row["responses"], list) or len(row["responses"]) < 2:
+            raise UserError(f"{where}: {wrong(row, 'responses', 'a list of two or more answers, best first')}")
+        ranked = dict(enumerate(row["responses"]))
+        answers = [messages(ranked, n, where, "assistant") for n in ranked]
+    else:
+        answers = [messages(row, key, where, "assistant") for key in ("chosen", "rejected")]
+    if "prompt" in row:
+        prompt = messages(row, "prompt", where, "user")
+    else:
+        shared = next((n for n, pair in enumerate(zip(*answers)) if pair[0] != pair[1]), min(map(len, answers)))
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    if not prompt or any(not answer or any(m["role"] != "assistant" for m in answer) for answer in answers):
+        raise UserError(f"{where}: chosen and rejected must be assistant answers to one prompt")
+    margin = row.get("margin")
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)):
+        raise UserError(f"{where}: {wrong(row, 'margin', 'a finite number')}")
+    return prompt, answers, float(margin or 0.0)
+
+
+def parse_prompt(row, where: str) -> list[dict]:
+    """A prompts-only row -> messages that end with the user's."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
+    prompt = messages(row, next((key for key in ("messages", "conversations") if key in row), "prompt"), where, "user")
+    if prompt[-1]["role"] != "user":
+        raise UserError(f"{where}: a prompt ends with the user's turn, this one with the {prompt[-1]['role']}'s")
+    return prompt
+
+
+# -------------------------------------------------------------------------------------------- 3. Tokens and targets
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+ALPACA = """{% for m in messages %}{% if m['role'] == 'assistant' %}### Response:
+{{ m['content'] }}{{ eos_token }}
+
+{% elif m['role'] == 'user' %}### Instruction:
+{% if m['input'] is defined %}{{ m['instruction'] }}
+
+### Input:
+{{ m['input'] }}{% else %}{{ m['content'] }}{% endif %}
+
+
+{% else %}{{ m['content'] }}
+
+{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:
+{% endif %}"""
+
+
+def render(tokenizer, conversation: list[dict], prompt: bool = False) -> list[int]:
+    """Token ids of a conversation. The template writes its own special tokens: none are added a second time."""
+    return tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, return_dict=False)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def answer_span(tokenizer, conversation: list[dict]) -> tuple[list[int], int, int]:
+    """(ids, start, end) of a conversation that ends with an answer: its targets are ids[start:end], from behind the
+    generation prompt to the end-of-turn token, without the line break that some templates put after that."""
+    prompt, ids = render(tokenizer, conversation[:-1], prompt=True), render(tokenizer, conversation)
+    start, end = common_prefix(prompt, ids), len(ids)
+    # A generation prompt that opens a thinking block is no prefix of an answer without one: the targets begin where the
+    # two part, but never before the turn's own header.
+    if start < len(prompt) and start <= len(render(tokenizer, conversation[:-1])):
+        raise UserError("it renders a prompt differently once the answer is there; use another --template")
+    special = set(tokenizer.all_special_ids)
+    last = max((i for i in range(start, end) if ids[i] in special), default=end - 1)
+    return ids, start, end if tokenizer.decode(ids[last + 1 :]).strip() else last + 1
+
+
+def encode_conversation(tokenizer, conversation: list[dict], joined: bool = False) -> list[tuple[list[int], list[bool]]]:
+    """Messages -> documents of (ids, is_target): one document, or one an answer if the template rewrites earlier turns.
+
+    Targets are the assistant's tokens and its end-of-turn token, found by position and never by token id, since pad and
+    eos are often one id. joined (--template none): the strings as they are, each answer followed by eos.
+    """
+    if joined:
+        ids, marks = [], []
+        for message in conversation:
+            answer = message["role"] == "assistant"
+            piece = tokenizer(message["content"], add_special_tokens=not ids).input_ids + [tokenizer.eos_token_id] * answer
+            ids, marks = ids + piece, marks + [answer] * len(piece)
+        return [(ids, marks)]
+    if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template) and tokenizer.is_fast:  # the template marks its targets
+        out = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        ids, marks = out["input_ids"], [bool(mark) for mark in out["assistant_masks"]]
+        for i in range(1, len(ids)):  # a block that closes just before eos would never teach the model to stop
+            marks[i] |= marks[i - 1] and ids[i] == tokenizer.eos_token_id != ids[i - 1]
+        return [(ids, marks)]
+    answers = [i for i, message in enumerate(conversation) if i > 0 and message["role"] == "assistant"]
+    spans = [answer_span(tokenizer, conversation[: i + 1]) for i in answers]
+    if all(common_prefix(ids, spans[-1][0]) >= end for ids, _, end in spans):
+        full = spans[-1][0] if spans else []
+        return [(full, [any(start <= i < end for _, start, end in spans) for i in range(len(full))])]
+    return [(ids, [start <= i < end for i in range(len(ids))]) for ids, start, end in spans]
+
+
+KEPT, CUT, NO_TARGET, EMPTY = range(4)  # what became of a document
+
+
+def encode_row(row, where: str, tokenizer, args, vocab_size: int):
+    """One row -> its documents, as records of the token table. A row that gives none leaves a record that says why."""
+    parsed, documents, empty = parse_row(row, where), [], False
+    if isinstance(parsed, str):  # raw text: every token is a target; a long text becomes consecutive documents
+        prompt, empty = parsed, not parsed.strip()
+        ids = [] if empty else tokenizer(parsed).input_ids + [tokenizer.eos_token_id]
+        pieces = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
+        documents = [(piece, [True] * len(piece)) for piece in pieces]
+    else:
+        while parsed and parsed[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
+            parsed.pop()
+        prompt = json.dumps(parsed[: next((i for i, m in enumerate(parsed) if m["role"] == "assistant"), 0)])
+        empty = any(m["role"] == "assistant" and not m["content"].strip() for m in parsed)
+        if args.system is not None and parsed and parsed[0]["role"] != "system":
+            parsed.insert(0, {"role": "system", "content": args.system})
+        try:
+            documents = [] if empty or not parsed else encode_conversation(tokenizer, parsed, args.template == "none")
+        except (jinja2.TemplateError, UserError) as error:
+            raise UserError(f"{where}: the chat template refuses this conversation: {error}")
+    # rows with the same prompt share a number, so that the held-out split can keep them together
+    record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True)}
+    for ids, marks in documents or [([], [])]:
+        if ids and max(ids) >= vocab_size:
+            raise UserError(f"{where}: token {max(ids)} is beyond the model's {vocab_size} embeddings: tokenizer and model do not fit")
+        status = CUT if len(ids) > args.max_length else KEPT
+        ids, marks = ids[: args.max_length], [False, *marks[1 : args.max_length]]  # nothing predicts a first token
+        if not any(marks):
+            ids, marks, status = [], [], EMPTY if empty else NO_TARGET
+        yield record | {"input_ids": ids, "is_target": marks, "length": len(ids), "targets": sum(marks), "status": status}
+
+
+def end_of_turn(tokenizer) -> int:
+    """The special token that ends an answer in this chat template; eos where the template has none."""
+    if tokenizer.chat_template:
+        ids, _, end = answer_span(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        if ids[end - 1] in tokenizer.all_special_ids:
+            return ids[end - 1]
+    return tokenizer.eos_token_id
+
+
+# ------------------------------------------------------------------------------------------------------- 4. Batches
+
+
+def tokenize_source(name: str, tokenizer, args, vocab_size: int) -> datasets.Dataset:
+    """Tokenise a source into a memory-mapped table in the Hugging Face cache. Its key holds the content of the files, the
+    tokenizer, the settings and this file's code: what has changed is never served from the cache."""
+    content, rows = open_source(name)
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    settings = [content, backend, tokenizer.chat_template, tokenizer.special_tokens_map, args.max_length, args.system, args.template, vocab_size]
+    key = hashlib.sha256(json.dumps(settings, default=str).encode() + Path(__file__).read_bytes()).hexdigest()[:32]
+
+    def records():
+        row = None
+        for row, where in rows():
+            yield from encode_row(row, where, tokenizer, args, vocab_size)
+        if row is None:
+            raise UserError(f"{name}: no rows")
+
+    columns = {"input_ids": datasets.List(datasets.Value("int32")), "is_target": datasets.List(datasets.Value("bool"))}
+    columns |= {column: datasets.Value("int64") for column in ("prompt", "length", "targets", "status")}
+    try:
+        return datasets.Dataset.from_generator(records, features=datasets.Features(columns), fingerprint=key)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, (UserError, OSError)) else error
+
+
+class Corpus:
+    """Tokenised documents, and the order in which a run sees them.
+
+    table: columns input_ids and is_target, memory-mapped. lengths, targets: tokens and target tokens of each document.
+    sources: (documents, mixing weight) of each source. rows_per_step: batch_size * grad_accum * number of ranks.
+    """
+
+    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int):
+        self.table, self.sources, self.args, self.pad_id = table.with_format("numpy"), sources, args, pad_id
+        self.lengths, self.targets = (table.data.column(name).to_numpy() for name in ("length", "targets"))
+        self.rows_per_step = args.batch_size * args.grad_accum * world_size()
+        self.cached_rows = {}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Documents of an epoch, shuffled: a pure function of (seed, epoch), so that a restart finds its place again.
+        Weight 2.5 is every document twice and half of them a third time; the next epoch takes the other half."""
+        chosen = []
+        for n, (documents, weight) in enumerate(self.sources):
+            shuffled, size = np.random.default_rng([self.args.seed, n]).permutation(documents), weight * len(documents)
+            chosen.append(shuffled[np.arange(round(epoch * size), round((epoch + 1) * size)) % len(shuffled)])
+        return np.random.default_rng([self.args.seed, len(self.sources), epoch]).permutation(np.concatenate(chosen))
+
+    def rows(self, epoch: int = 0) -> list[list[int]]:
+        """The rows of an epoch, each a list of documents: whole ones of at most max_length tokens together if packed."""
+        if epoch not in self.cached_rows:
+            rows, room = [], 0
+            for document in self.order(epoch).tolist():
+                if not self.args.packing or self.lengths[document] > room:
+                    rows.append([])
+                    room = self.args.max_length
+                rows[-1].append(document)
+                room -= self.lengths[document]
+            self.cached_rows = {epoch: rows}
+        return self.cached_rows[epoch]
+
+    def plan(self) -> list[tuple[int, int]]:
+        """(epoch, first row) of every optimizer step of the run."""
+        steps, epoch = [], 0
+        while len(steps) < self.args.max_steps if self.args.max_steps is not None else epoch < self.args.epochs:
+            steps += [(epoch, first) for first in range(0, len(self.rows(epoch)), self.rows_per_step)]
+            epoch += 1
+        return steps[: self.args.max_steps]
+
+    def steps(self, start: int = 0):
+        """From step `start` on: (epochs done, this rank's micro-batches, tokens and target tokens of all ranks' together)."""
+        for epoch, first in self.plan()[start:]:
+            rows = self.rows(epoch)[first : first + self.rows_per_step]
+            documents = [document for row in rows for document in row]
+            done = epoch + (first + len(rows)) / len(self.rows(epoch))
+            yield done, list(self.deal(rows)), int(self.lengths[documents].sum()), int(self.targets[documents].sum())
+
+    def deal(self, rows: list[list[int]]):
+        """Rows -> this rank's micro-batches. 8x1, 4x2 and 1x8 take the same rows; where rows run out, a rank gets a
+        micro-batch without targets, because all ranks must take part in every forward pass."""
+        size = self.args.batch_size
+        for first in range(rank() * size, len(rows) + rank() * size, size * world_size()):
+            batch = self.collate(rows[first : first + size] or rows[:1])
+            if first >= len(rows):
+                batch |= {name: batch[name][:0] for name in ("targets", "target_index")}
+            yield batch
+
+    def collate(self, rows: list[list[int]]) -> dict:
+        """Rows -> one micro-batch for `target_logps`.
+
+        Packed: all documents end to end in one row, input_ids and position_ids (1, T), positions restarting at 0 in each;
+            documents = (lengths, cumulative lengths (D + 1,) int32, longest). Nothing is padded.
+        Padded on the right: input_ids and attention_mask (B, T).
+        Both: targets (N,), the tokens to predict, and target_index (N,), where in the flattened (B * T,) each is predicted:
+            one position before its own. First tokens are no targets, so no document is predicted from another.
+        """
+        fetched = self.table[[document for row in rows for document in row]]
+        ids, marks = [x.astype(np.int64) for x in fetched["input_ids"]], [x.astype(bool) for x in fetched["is_target"]]
+        lengths = [len(x) for x in ids]
+        width = max(lengths)
+        starts = np.cumsum([0, *lengths[:-1]]) if self.args.packing else width * np.arange(len(ids))
+        index = [start + np.flatnonzero(mark) - 1 for start, mark in zip(starts, marks)]
+        batch = {"targets": torch.from_numpy(np.concatenate([x[mark] for x, mark in zip(ids, marks)])),
+                 "target_index": torch.from_numpy(np.concatenate(index))}  # fmt: skip
+        if self.args.packing:
+            batch["input_ids"] = torch.from_numpy(np.concatenate(ids))[None]
+            batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+            batch["documents"] = (lengths, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), width)
+        else:
+            real = torch.arange(width) < torch.tensor(lengths)[:, None]  # (B, T)
+            batch["input_ids"] = torch.full(real.shape, self.pad_id).masked_scatter(real, torch.from_numpy(np.concatenate(ids)))
+            batch["attention_mask"] = real.long()
+        return batch
+
+    def show(self, tokenizer) -> None:
+        """Print the first micro-batch: every document, a line for each run of context or target tokens."""
+        rows = self.rows()[: self.args.batch_size]
+        for row, document in [(row, document) for row in rows for document in row]:
+            ids, marks = self.table[document]["input_ids"].tolist(), self.table[document]["is_target"].astype(bool)
+            print(f"--- row {rows.index(row) + 1} of {len(rows)}, document {row.index(document) + 1} of {len(row)}: "
+                  f"{len(ids)} tokens, {marks.sum()} of them targets ---")  # fmt: skip
+            edges = [0, *(np.flatnonzero(np.diff(marks)) + 1), len(ids)]
+            for first, last in zip(edges, edges[1:]):
+                tokens = [tokenizer.decode([token]) for token in ids[first:last]]
+                if "\ufffd" in "".join(tokens):  # parts of a character: show the vocabulary's own spelling
+                    tokens = tokenizer.convert_ids_to_tokens(ids[first:last])
+                print(f"{'TARGET ' if marks[first] else 'context'} {last - first:4d}  {'|'.join(tokens)!r}")
+
+
+def load_data(args, tokenizer, vocab_size: int) -> tuple[Corpus, Corpus | None]:
+    """--data and --eval-data -> (training corpus, held-out corpus or None). Says what was kept, cut and dropped."""
+    sources = [parse_source(text) for text in args.data] + [(path, 1.0) for path in args.eval_data or []]
+    tables = []
+    for turn in range(2):  # under torchrun rank 0 tokenises first, the others then find it in the cache
+        if (rank() == 0) == (turn == 0):
+            tables = [tokenize_source(name, tokenizer, args, vocab_size) for name, _ in sources]
+        if world_size() > 1:
+            dist.barrier()
+    table = datasets.concatenate_datasets(tables)
+    prompts, lengths, targets, status = (table.data.column(x).to_numpy() for x in ("prompt", "length", "targets", "status"))
+    bounds = np.cumsum([0, *map(len, tables)])
+    spans = list(zip(bounds, bounds[1:]))
+    for (name, _), (first, last) in zip(sources, spans):
+        kept, cut, no_target, empty = np.bincount(status[first:last], minlength=4)
+        say(f"{name}: {kept + cut:,} documents, {lengths[first:last].sum():,} tokens, {targets[first:last].sum():,} of them targets; {cut:,} cut at "
+            f"--max-length {args.max_length}; dropped: {no_target:,} with no target left, {empty:,} with an empty text or answer")  # fmt: skip
+    usable, held_out = status <= CUT, np.arange(len(table)) >= bounds[len(args.data)]
+    if not args.eval_data and args.eval_fraction:  # whole prompts, until the fraction is reached
+        unique, counts = np.unique(prompts[usable], return_counts=True)
+        shuffled = np.random.default_rng([args.seed, 7]).permutation(len(unique))
+        enough = np.searchsorted(counts[shuffled].cumsum(), args.eval_fraction * counts.sum()) + 1
+        held_out = np.isin(prompts, unique[shuffled[: min(enough, len(unique) - 1)]])
+
+    def corpus(chosen: np.ndarray, weights: list[float]) -> Corpus | None:
+        parts = [(first + np.flatnonzero(chosen[first:last]), weight) for (first, last), weight in zip(spans, weights)]
+        parts = [(documents, weight) for documents, weight in parts if len(documents)]
+        return Corpus(table, parts, args, tokenizer.pad_token_id) if parts else None
+
+    train, evaluation = corpus(usable & ~held_out, [weight for _, weight in sources]), corpus(usable & held_out, [1.0] * len(sources))
+    if train is None:
+        raise UserError(f"--data {' '.join(args.data)}: no row with a target is left to train on; a larger --max-length may help")
+    if evaluation is None:
+        say("no held-out rows: training without evaluation")
+    return train, evaluation
+
+
+def to_device(value, device: torch.device):
+    """A batch to the device; from pinned memory on CUDA, so that the host does not wait for the copy."""
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(to_device(item, device) for item in value)
+    if not isinstance(value, torch.Tensor) or device.type == "cpu":
+        return value
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+# --------------------------------------------------------------------------------------------------------- 5. Model
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str) -> None:
+    """Print once, whatever the number of ranks, and above the progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def setup(args, distributed: bool = False) -> tuple[torch.device, torch.dtype]:
+    """Seed, pick the device, join the other ranks under torchrun. -> (device, dtype of the computation)"""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and not distributed:
+        raise UserError("this script runs in one process: start it with python, not with torchrun")
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    args.gradient_checkpointing |= args.checkpoint_blocks is not None
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "mps"
+    return device, torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and has_bfloat16 else torch.float32
+
+
+def tiny_model() -> torch.nn.Module:
+    """A seeded random Llama with grouped-query attention, 0.8 million parameters. It begins at a loss of ln 320 = 5.77."""
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config)
+
+
+def tiny_tokenizer():
+    """A token a byte, so that every text in every language round-trips, and ChatML."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])  # ids 256, 257, 258
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "extra_special_tokens": ["<|im_start|>"]}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
+
+
+def from_hub(auto_class, args, **options):
+    """auto_class.from_pretrained(--model), a folder or a Hub name, with what can go wrong in one line."""
+    try:
+        return auto_class.from_pretrained(args.model, trust_remote_code=args.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
+        raise UserError(f"--model {args.model}: {(str(error) or repr(error)).strip().splitlines()[0]}")
+
+
+def load_tokenizer(args):
+    """-> (tokenizer with a chat template and a pad token, number of embeddings of the model). Says what it had to choose."""
+    if args.model == "tiny":
+        tokenizer, vocab_size = tiny_tokenizer(), 320
+    else:
+        vocab_size = from_hub(transformers.AutoConfig, args).get_text_config().vocab_size
+        tokenizer = from_hub(transformers.AutoTokenizer, args)
+    if args.template in ("chatml", "alpaca"):
+        tokenizer.chat_template = CHATML if args.template == "chatml" else ALPACA
+    elif args.template not in (None, "none"):
+        if not Path(args.template).is_file():
+            raise UserError(f"--template {args.template}: give chatml, alpaca, none or a .jinja file")
+        tokenizer.chat_template = Path(args.template).read_text(encoding="utf-8")
+    elif args.template is None and not tokenizer.chat_template:
+        tokenizer.chat_template = ALPACA
+        say("the tokenizer has no chat template: using the Alpaca layout, and saving it with the result (--template chooses)")
+    if args.template == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
+        raise UserError("--template chatml: this tokenizer has no <|im_start|> and <|im_end|> tokens; use --template alpaca")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no eos token, so nothing could teach the model to stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        say(f"the tokenizer has no pad token: padding with eos, {tokenizer.eos_token!r}, which stays a target: padding is masked by position")
+    return tokenizer, vocab_size
+
+
+def load_model(args, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """A causal LM with weights in dtype on the device, and `model.target_logps` bound to it (section 7)."""
+    if args.model == "tiny":
+        model = tiny_model().to(dtype)
+    else:  # safetensors only: a pickle can run code while it loads
+        model = from_hub(transformers.AutoModelForCausalLM, args, dtype=dtype, use_safetensors=True)
+    model.to(device)
+    # a bound method, because FSDP2 gathers weights only around methods it knows (register_fsdp_forward_method)
+    model.target_logps = types.MethodType(target_logps, model)
+    model.padded_attention, model.base_fingerprint = model.config._attn_implementation, fingerprint(model)
+    if args.packing:
+        choose_packed_attention(model)
+    check_head(model)
+    return model
+
+
+def fingerprint(model) -> str:
+    """Tells bases of the same shape apart: the sizes, and the input embedding's first and last 64 rows in bfloat16."""
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
+    embedding = model.get_input_embeddings().weight.detach()
+    rows = torch.cat([embedding[:64], embedding[-64:]]).to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    return hashlib.sha256(json.dumps(sizes).encode() + rows.tobytes()).hexdigest()[:32]
+
+
+def blocks(model) -> list[torch.nn.Module]:
+    """The decoder blocks, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_blocks(model, args) -> None:
+    """Recompute --checkpoint-blocks blocks (all, if not given) in the backward pass instead of keeping their activations."""
+    if args.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.23, 5.17
+        enable({"use_reentrant": False})
+        for block in blocks(model)[args.checkpoint_blocks or len(blocks(model)) :]:
+            block.gradient_checkpointing = False
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """(trainable, total)"""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------- 6. Attention
+
+
+def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, documents=None, **others):
+    """Causal attention inside each document of a packed row, in the form of a transformers attention function.
+
+    query (1, H, T, head_dim), key and value (1, H_kv, T, head_dim), documents as `Corpus.collate` makes them
+    -> (1, T, H, head_dim), None. No (T, T) mask exists, and the work grows with the documents' squared lengths, not T's.
+    Raises where it would be silently wrong: without document lengths (padded rows, generation), and for anything it does not
+    know (soft-capping, sinks, biases): then `choose_packed_attention` takes the mask that transformers makes instead.
+    """
+    if documents is None:
+        raise ValueError("no document lengths: padded rows and generation need model.padded_attention")
+    harmless = ("position_ids", "use_cache", "cache_position", "output_attentions")
+    unknown = [name for name, item in others.items() if name not in harmless and item is not None and item is not False]
+    if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"document attention does not know {unknown or 'this mask'}")
+    lengths, cumulative, longest = documents
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None  # itself and window - 1 before
+    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+        gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13, not 2.11
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, T, head_dim) -> (T, H, head_dim)
+        side = (window - 1 if window else -1, 0)
+        return varlen_attn(q, k, v, cumulative, cumulative, longest, longest, scale=scaling, window_size=side, **gqa)[None], None
+    pieces = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+        mask = None
+        if window is not None:
+            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        gqa = q.shape[1] != k.shape[1]
+        pieces.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa))
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("documents", document_attention)
+
+
+@contextmanager
+def attention(model, implementation: str):
+    """Another attention function, for the time of a with block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def choose_packed_attention(model) -> None:
+    """Give the model an attention in which packed documents do not see each other, found by trying.
+
+    Two documents in one packed row must get the hidden states that each gets alone: with document attention, else with the
+    mask that transformers derives from position_ids. A model that lets them see each other both ways is refused.
+    """
+    device, dtype = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.dtype
+    ids, lengths = torch.arange(21, device=device)[None] * 5 % 17 + 3, [12, 9]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    documents = (lengths, torch.tensor([0, 12, 21], dtype=torch.int32, device=device), 12)
+    model.eval()
+
+    def hidden(**inputs):
+        return model.base_model(use_cache=False, **inputs).last_hidden_state[0].float()
+
+    alone = torch.cat([hidden(input_ids=part) for part in ids.split(lengths, dim=1)])
+    for implementation, extra in (("documents", {"documents": documents}), (model.padded_attention, {})):
+        model.set_attn_implementation(implementation)
+        try:
+            packed = hidden(input_ids=ids, position_ids=positions, **extra)
+        except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError):
+            continue
+        # the mean, because in bfloat16 single values differ by some per cent between the two shapes
+        if (packed - alone).abs().mean() <= (1e-3 if dtype == torch.float32 else 0.05) * alone.abs().mean():
+            return
+    raise UserError(f"{type(model).__name__} lets packed documents see each other: use --no-packing")
+
+
+# --------------------------------------------------------------------------------------------- 7. Log-probabilities
+#
+#   z = cap * tanh(scale * (W h + b) / cap)        the V logits of one position (cap, scale and b: in few models)
+#   log p(t) = z_t - log sum_v exp(z_v)
+#   d log p(t) / d h = W^T [scale * (1 - (z / cap)^2) * (onehot(t) - softmax(z))]
+#
+# Each log-probability depends on the hidden state h of its own position alone, so its gradient is one row of d numbers.
+# While a chunk of logits is at hand the forward pass forms these rows too, and the backward pass only scales them: the
+# logits are computed once, and never more than a chunk of them exists. Only if W itself is trained (full fine-tuning) does
+# the backward pass compute them again, since W's gradient mixes all positions.
+
+LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits: 128 MiB in float32
+
+
+def head_logits(hidden, weight, bias, scale: float, softcap: float | None) -> torch.Tensor:
+    """(C, d) -> float32 logits (C, V), as the model's own head gives them."""
+    logits = F.linear(hidden, weight, bias).float()
+    logits = logits * scale if scale != 1 else logits
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def head_gradient(logits, logps, targets, scale: float, softcap: float | None) -> torch.Tensor:
+    """d log p(target) / d (W h + b), (C, V). Overwrites logits (C, V); logps (C,) are their targets' log-probabilities."""
+    slope = scale * (1 - (logits / softcap) ** 2) if softcap else scale
+    log_sum = logits.gather(1, targets[:, None]) - logps[:, None]
+    gradient = logits.sub_(log_sum).exp_().neg_()  # -softmax(z)
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(log_sum))
+    return gradient.mul_(slope) if softcap or scale != 1 else gradient
+
+
+class LinearLogps(torch.autograd.Function):
+    """log p(targets) under softmax(head(hidden)). hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> (N,)
+    float32. Gradients for hidden, and for weight and bias if they are trained."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap):
+        ctx.head_trains, ctx.scale, ctx.softcap = ctx.needs_input_grad[1], scale, softcap
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        rows = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.head_trains else None  # d log p / d h
+        ctx.chunk = max(1, LOGITS_AT_ONCE // len(weight))
+        for i in range(0, len(hidden), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            logits = head_logits(hidden[part], weight, bias, scale, softcap)
+            logps[part] = -F.cross_entropy(logits, targets[part], reduction="none")
+            if rows is not None:
+                rows[part] = head_gradient(logits, logps[part], targets[part], scale, softcap).to(weight.dtype) @ weight
+        ctx.save_for_backward(*((hidden, weight, bias, targets, logps) if ctx.head_trains else (rows,)))
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # (N,)
+        if not ctx.head_trains:
+            return ctx.saved_tensors[0] * grad[:, None].to(ctx.saved_tensors[0].dtype), *[None] * 5
+        hidden, weight, bias, targets, logps = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for i in range(0, len(hidden), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            logits = head_logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+            gradient = head_gradient(logits, logps[part], targets[part], ctx.scale, ctx.softcap).mul_(grad[part, None])
+            if bias is not None:
+                grad_bias += gradient.sum(0)
+            gradient = gradient.to(weight.dtype)
+            grad_hidden[part] = gradient @ weight
+            grad_weight += gradient.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None, None
+
+
+def target_logps(model, input_ids, targets, target_index, documents=None, **inputs) -> torch.Tensor:
+    """log p of each target token in nats, called as `model.target_logps(**batch)` with a batch of `Corpus.collate`.
+
+    input_ids (B, T). target_index (N,): positions in the flattened (B * T,) whose next token is targets (N,). Whatever else
+    is given (attention_mask, position_ids, inputs_embeds ...) goes to the backbone. -> (N,) float32, differentiable.
+    """
+    if model.config._attn_implementation == "documents":
+        inputs["documents"] = documents
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
+    hidden = hidden.flatten(0, 1).index_select(0, target_index)  # the head runs on positions that predict a target: (N, d)
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    # autocast would cast the weight anew for every chunk: cast it once, here
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        return LinearLogps.apply(hidden.to(dtype), head.weight.to(dtype), bias, targets, scale, softcap)
+
+
+@torch.no_grad()
+def check_head(model) -> None:
+    """Refuse a model whose own logits are not what `target_logps` makes of its head (other scalings, further layers)."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear output head, which the loss here needs")
+    ids = torch.arange(5, 17, device=head.weight.device)[None]
+    model.eval()
+    with attention(model, model.padded_attention):
+        expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        ours = model.target_logps(ids, ids[0, 1:], torch.arange(11, device=ids.device))
+    if not torch.allclose(ours, expected, rtol=0, atol=1e-3 if head.weight.dtype == torch.float32 else 0.1):
+        raise UserError(f"{type(model).__name__} changes its logits in a way that is not known here: off by {(ours - expected).abs().max():.3g} nats")
+
+
+# --------------------------------------------------------------------------------------------------------- 8. Files
+
+
+def save_into(folder: Path, write) -> None:
+    """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file."""
+    temporary = folder / f".saving.{os.getpid()}"
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        for path in temporary.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def save_model(folder: Path, model, tokenizer, state_dict: dict | None = None) -> None:
+    """A Hugging Face folder: weights, config, tokenizer with its chat template, generation_config with the same eos."""
+    stop = stop_ids(model, tokenizer)
+    model.generation_config.update(eos_token_id=stop if len(stop) > 1 else stop[0], pad_token_id=tokenizer.pad_token_id)
+    with attention(model, model.padded_attention):  # other programs do not know ours
+        save_into(folder, lambda path: (model.save_pretrained(path, state_dict=state_dict), tokenizer.save_pretrained(path)))
+
+
+def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """adapter_config.json and adapter_model.safetensors in --output, in PEFT's form: config fields and keys are PEFT's."""
+    where = Path(args.output) / "base" if args.model == "tiny" else Path(args.model)
+    base = str(where.resolve()) if args.model == "tiny" or where.exists() else args.model  # a Hub name stays as it is
+    config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True, "base_fingerprint": model.base_fingerprint} | config
+
+    def write(folder: Path) -> None:
+        tensors_on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors_on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        tokenizer.save_pretrained(folder)
+
+    save_into(Path(args.output), write)
+    if args.model == "tiny":
+        base = tiny_model()
+        base.padded_attention = base.config._attn_implementation
+        save_model(where, base, tokenizer)
+
+
+def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """-> (config, tensors) of an adapter folder, ours or PEFT's. Refused if it was trained on another base."""
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"--adapter {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
+    if not isinstance(config, dict) or config.get("peft_type") != peft_type:
+        raise UserError(f"--adapter {folder}: not a {peft_type} adapter")
+    if "base_fingerprint" not in config:
+        say(f"--adapter {folder} names no base fingerprint: it is taken on trust that it belongs to this model")
+    elif config["base_fingerprint"] != model.base_fingerprint:
+        raise UserError(f"--adapter {folder} was trained on another base than --model: on {config.get('base_model_name_or_path')}")
+    return config, tensors
+
+
+# ------------------------------------------------------------------------------------------------------- 9. The run
+
+
+def decay_groups(model, weight_decay: float) -> list[dict]:
+    """Optimizer groups: decay on matrices, none on biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [([p for p in trained if p.dim() >= 2], weight_decay), ([p for p in trained if p.dim() < 2], 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
+def learning_rate(step: int, total: int, args) -> float:
+    """Of the update that ends step + 1: a linear warmup whose first update is not wasted at 0, then the schedule."""
+    warmup = math.ceil(args.warmup_ratio * total)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return args.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[args.schedule]
+
+
+def check_gradients(model) -> None:
+    """After a backward pass: a trained parameter without a gradient would stay as it is for ever."""
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if lost:
+        raise UserError(f"{len(lost)} trainable parameters get no gradient, the first of them {lost[0]}")
+
+
+def over_ranks(value: float, op=dist.ReduceOp.SUM) -> float:
+    """Sum (or other reduction) of a number over all ranks."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
+
+
+@contextmanager
+def evaluating(model):
+    """No dropout and no gradients, for the time of a with block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def mean_nll(model, corpus: Corpus, device) -> float:
+    """Negative log-likelihood of a corpus, mean over all its target tokens, in nats."""
+    nll, count = 0.0, 0
+    with evaluating(model):
+        for batch in corpus.deal(corpus.rows()):
+            logps = model.target_logps(**to_device(batch, device))
+            nll, count = nll - logps.double().sum().item(), count + len(logps)
+    return over_ranks(nll) / over_ranks(count)
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Tokens that end an answer: the tokenizer's eos, the model's own, and the chat template's end of turn."""
+    own = model.generation_config.eos_token_id
+    return list(dict.fromkeys([end_of_turn(tokenizer), tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])]))
+
+
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy answers to prompts (token ids), in one left-padded batch. `generate` derives position_ids from the mask."""
+    width, device = max(map(len, prompts)), model.get_input_embeddings().weight.device
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    settings = transformers.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+                                             eos_token_id=stop_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    with evaluating(model), attention(model, model.padded_attention):
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+
+def samples(model, tokenizer, corpus: Corpus, count: int, max_new_tokens: int = 128) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first documents; raw text is continued from its middle."""
+    prompts, references = [], []
+    for document in [document for row in corpus.rows() for document in row][:count]:
+        ids, marks = corpus.table[document]["input_ids"].tolist(), corpus.table[document]["is_target"].astype(np.int8)
+        starts = np.flatnonzero(np.diff(marks) == 1) + 1  # where answers begin
+        start = int(starts[-1]) if starts[-1] > 1 else len(ids) // 2
+        prompts.append(ids[:start])
+        references.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    answers = generate(model, tokenizer, prompts, max_new_tokens) if prompts else []
+    return [(tokenizer.decode(p, skip_special_tokens=True), a, r) for p, a, r in zip(prompts, answers, references)]
+
+
+def show_samples(before: list[tuple], after: list[tuple]) -> None:
+    for n, (prompt, answer, reference) in enumerate(after):
+        say(f"\n--- held-out prompt {n + 1} ---\n{prompt.strip()}")
+        say((f"--- before ---\n{before[n][1].strip()}\n" if before else "") + f"--- after ---\n{answer.strip()}\n--- data ---\n{reference.strip()}")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak GiB allocated on a CUDA device; elsewhere, the most the process has held in host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Run:
+    """The bookkeeping of a run: where it stands, what it logs, what it saves. Two places in --output:
+
+    metrics.jsonl   a line for the run, one for each logged step and each evaluation, and a last one {"done": true}
+    checkpoint/     step-N folders, the last complete one kept: trained weights, optimizer, state, SHA-256 of each file
+    """
+
+    # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
+    FREE = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
+            "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "adapter", "offload"}  # fmt: skip
+
+    def __init__(self, args, model, optimizers: list, corpus: Corpus, evaluation: Corpus | None, device: torch.device):
+        self.args, self.model, self.optimizers, self.evaluation, self.device = args, model, optimizers, evaluation, device
+        self.output, self.total_steps = Path(args.output), len(corpus.plan())
+        self.step = self.tokens = self.window_targets = 0  # the window is what came since the last logged step
+        self.window_nll, self.unread, self.eval_loss, self.signal = 0.0, [], None, None
+        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        documents = [corpus.table._fingerprint, [(len(part), weight) for part, weight in corpus.sources]]
+        self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
+        self.identity |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in self.FREE}
+        self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
+        resumed = args.resume and self.load_checkpoint()
+        if rank() == 0:
+            self.open_metrics(resumed)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.started = self.clock = time.perf_counter()
+        self.clock_tokens = self.tokens
+        self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=rank() != 0)
+
+    def open_metrics(self, resumed: bool) -> None:
+        """Begin metrics.jsonl; on --resume cut it back to the checkpoint, so that no step stands in it twice."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.output / "metrics.jsonl"
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if resumed and self.metrics.exists() else []
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        entries = [e for e in entries if "run" in e or "done" not in e and e["step"] <= self.step]
+        if not entries:
+            shutil.rmtree(self.output / "checkpoint", ignore_errors=True)
+            trainable, parameters = count_parameters(self.model)
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+            entries = [{"run": {
+                "script": Path(sys.argv[0]).name, "args": vars(self.args), "git_commit": commit or None, "world_size": world_size(),
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"{self.device.type}, {torch.get_num_threads()} threads",
+                "trainable_parameters": trainable, "total_parameters": parameters,
+            }}]  # fmt: skip
+        temporary = self.metrics.with_suffix(".new")
+        temporary.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+        os.replace(temporary, self.metrics)
+
+    def write(self, **entry) -> None:
+        if rank() == 0:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def on_signal(self, number: int, frame) -> None:
+        if self.signal is not None:  # asked twice: now
+            sys.exit(128 + number)
+        self.signal = number
+
+    def evaluate(self) -> None:
+        if self.evaluation is not None:
+            self.eval_loss = mean_nll(self.model, self.evaluation, self.device)
+            self.write(step=self.step, eval_loss=self.eval_loss, perplexity=math.exp(min(self.eval_loss, 700)))
+            say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
+
+    def end_step(self, epoch: float, nll: torch.Tensor, tokens: int, targets: int, lr: float, grad_norm: torch.Tensor | None) -> None:
+        """Log, evaluate, save where due. nll: the sum over this rank's targets; tokens and targets: of all ranks.
+
+        nll and grad_norm stay on the device until a step is logged, so that the host never waits for the GPU in between.
+        """
+        self.step, self.tokens, self.window_targets = self.step + 1, self.tokens + tokens, self.window_targets + targets
+        self.unread.append(nll.detach())
+        self.bar.update()
+        # all ranks must agree on a signal, or those that go on would wait for the others for ever
+        self.signal = int(over_ranks(self.signal or 0, dist.ReduceOp.MAX)) or None
+        last = self.step == self.total_steps
+        log, evaluate, save = (last or self.step % n == 0 for n in (self.args.log_every, self.args.eval_every, self.args.save_every))
+        if not (log or evaluate or save or self.signal):
+            return
+        for value in torch.stack(self.unread).tolist():
+            self.window_nll += over_ranks(value)
+        self.unread, norm = [], None
+        if grad_norm is not None:
+            norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
+        if not math.isfinite(self.window_nll) or not math.isfinite(norm or 0):  # nothing was saved since the bad step
+            good = f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "there is no checkpoint yet"
+            raise UserError(f"step {self.step}: the loss or the gradient norm ({norm}) is not finite; {good}. Try a lower --lr, or --dtype float32")
+        if log:
+            loss, now = self.window_nll / self.window_targets, time.perf_counter()
+            speed = (self.tokens - self.clock_tokens) / (now - self.clock)
+            self.write(step=self.step, epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens,
+                       tokens_per_second=round(speed, 1), peak_memory_gib=round(peak_memory_gib(self.device), 3))  # fmt: skip
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            self.window_nll, self.window_targets, self.clock, self.clock_tokens = 0.0, 0, now, self.tokens
+        paused = time.perf_counter()
+        if evaluate:
+            self.evaluate()
+        if save or self.signal:
+            self.save_checkpoint()
+        if self.signal:
+            self.bar.close()
+            say(f"stopped by a signal after step {self.step}: --resume goes on from here")
+            sys.exit(128 + self.signal)
+        self.clock += time.perf_counter() - paused  # tokens a second are of training alone
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first: a folder gets its name only when everything in it is on the disk."""
+        return sorted((self.output / "checkpoint").glob("step-*"))
+
+    def save_checkpoint(self) -> None:
+        weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        optimizer = [optimizer.state_dict() for optimizer in self.optimizers]
+        if self.sharded:  # gathered whole on rank 0, so that any number of ranks can load it
+            options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            whole, optimizer = full_state.get_state_dict(self.model, self.optimizers, options=options)
+            weights = {name: whole[name] for name in weights if name in whole}
+        if rank() != 0:
+            return
+        state = {"step": self.step, "tokens": self.tokens, "window_nll": self.window_nll, "window_targets": self.window_targets,
+                 "eval_loss": self.eval_loss, "identity": self.identity}  # fmt: skip
+        final, temporary = self.output / "checkpoint" / f"step-{self.step:08d}", self.output / "checkpoint" / ".unfinished"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        safetensors.torch.save_file({name: p.cpu().contiguous() for name, p in weights.items()}, temporary / "weights.safetensors")
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        torch.save({"optimizer": optimizer, "random": torch.get_rng_state(), "cuda_random": cuda}, temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (temporary / "manifest.json").write_text(json.dumps({path.name: file_digest(path) for path in temporary.iterdir()}))
+        for path in [*temporary.iterdir(), temporary]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in self.checkpoints()[:-1]:
+            shutil.rmtree(old)
+
+    def load_checkpoint(self) -> bool:
+        """Go on from the last checkpoint, if every byte of it is as it was written and the run is the same."""
+        if not self.checkpoints():
+            say(f"--resume: no checkpoint in {self.output}, starting at step 0")
+            return False
+        folder = self.checkpoints()[-1]
+        try:
+            damaged = [name for name, digest in json.loads((folder / "manifest.json").read_text()).items() if file_digest(folder / Path(name).name) != digest]
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--resume: {folder} is damaged: {error}")
+        if damaged:
+            raise UserError(f"--resume: {folder / damaged[0]} is damaged: its checksum does not match")
+        for name in self.identity.keys() | state["identity"].keys():
+            was, now = state["identity"].get(name), self.identity.get(name)
+            if was != now:
+                raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
+        weights = safetensors.torch.load_file(folder / "weights.safetensors")
+        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        if self.sharded:
+            full_state.set_state_dict(self.model, self.optimizers, model_state_dict=weights, optim_state_dict=saved["optimizer"],
+                                      options=full_state.StateDictOptions(full_state_dict=True, strict=False))  # fmt: skip
+        else:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    p.copy_(weights[name]) if p.requires_grad else None
+            for optimizer, entry in zip(self.optimizers, saved["optimizer"]):
+                optimizer.load_state_dict(entry)
+        torch.set_rng_state(saved["random"])
+        if saved["cuda_random"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_random"])
+        self.step, self.tokens, self.eval_loss = state["step"], state["tokens"], state["eval_loss"]
+        self.window_nll, self.window_targets = state["window_nll"], state["window_targets"]
+        say(f"resumed after step {self.step} from {folder}")
+        return True
+
+    def finish(self) -> None:
+        self.bar.close()
+        self.write(done=True, step=self.step, eval_loss=self.eval_loss, tokens=self.tokens, seconds=round(time.perf_counter() - self.started, 1))

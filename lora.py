@@ -1,0 +1,205 @@
+"""LoRA: train two small matrices beside each frozen linear layer instead of the layer itself.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3:
+
+    h = W0 x + s B A dropout(x)         s = alpha / r   (rsLoRA, arXiv 2312.03732: alpha / sqrt(r))
+
+    W0  base.weight  (out, in)   frozen, in bfloat16 on a GPU
+    A   lora_A       (r, in)     float32, kaiming_uniform(a=sqrt 5)
+    B   lora_B       (out, r)    float32, zero
+    r   --rank       s  scaling
+
+Choices and departures from the paper
+  - Every linear layer of the blocks is adapted, not only the attention's q and v: at the same number of parameters that
+    does better (QLoRA, section 4), and the output head never is. --targets q_proj,v_proj gives the paper's.
+  - A and B stay float32 and are cast in the forward pass: AdamW's small updates would vanish in bfloat16.
+  - Dropout is 0: with it each layer keeps a second copy of its input for the backward pass.
+
+Questions people ask
+  Why is B zero?         Then B A = 0 and training starts from exactly the base model. With both zero, neither gets a
+                         gradient; with both random, the base is disturbed before the first step.
+  Why alpha / r?         So that the learning rate need not change with the rank. Here alpha = 2 r.
+  Sum or mean?           The loss is the mean over all target tokens of an optimizer step, across its micro-batches: 8x1,
+                         4x2 and 1x8 give the same gradient. Targets are the assistant's tokens and the end-of-turn token.
+  Merge or keep apart?   Merged (--merge) costs nothing at inference. s B A is added in float32 and rounded once;
+                         subtracting it again would not give the base back, so keep the adapter.
+
+    python lora.py                                                     # a tiny random model, bundled rows, a minute
+    python lora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
+    python lora.py --model BASE --adapter runs/lora --max-steps 0 --merge   # merge an adapter, train nothing
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.base(x)  # W0 x
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # A x: (..., in) -> (..., r)
+        # W0 x + s B (A x) as one product that adds to y: no second (..., out) tensor for the sum
+        flat = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.to(x.dtype).T, alpha=self.scaling)
+        return flat.view_as(y)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
+        return self.base
+
+
+def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> list[str]:
+    """Freeze the model and put a LoRALinear around every target. -> names of the adapted layers.
+
+    targets: "all-linear" is every nn.Linear of the model but its output head; else comma-separated names, each
+    matching a layer whose name is it or ends with "." + it, as in PEFT. UserError where nothing matches.
+    """
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
+    wanted = targets.split(",")
+    names = [name for name in layers if targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in wanted)]
+    if not names:
+        known = sorted({name.rpartition(".")[2] for name in layers}) or "no nn.Linear at all (GPT-2's Conv1D is none)"
+        raise common.UserError(f"--targets {targets} matches no linear layer; this model has {known}")
+    for name in names:
+        model.set_submodule(name, LoRALinear(layers[name], rank, alpha, dropout, rslora))
+    return names
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size)
+    if args.inspect:
+        return corpus.show(tokenizer)
+    model = common.load_model(args, dtype, device)
+    if args.adapter:
+        load_lora(model, args)
+    else:
+        add_lora(model, args.targets, args.rank, args.alpha, args.dropout, args.rslora)
+    common.checkpoint_blocks(model, args)
+    trainable, total = common.count_parameters(model)
+    common.say(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), in {len(lora_layers(model))} layers")
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = common.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+    run = common.Run(args, model, [optimizer], corpus, evaluation, device)
+    before = []
+    if run.step == 0:
+        run.evaluate()
+        before = common.samples(model, tokenizer, evaluation or corpus, args.samples)
+
+    # --- the training loop ---
+    model.train()
+    for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        nll = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch_nll = -model.target_logps(**common.to_device(batch, device)).sum()
+            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            nll += batch_nll.detach()
+        if run.step == 0:
+            common.check_gradients(model)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
+    # --- end ---
+
+    common.show_samples(before, common.samples(model, tokenizer, evaluation or corpus, args.samples))
+    save_lora(args, model, tokenizer)
+    if args.merge:
+        merge_lora(model)
+        common.save_model(Path(args.output) / "merged", model, tokenizer)
+    run.finish()
+    how_to_use(args)
+
+
+def save_lora(args, model, tokenizer) -> None:
+    """The adapter in PEFT's form."""
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    rank = first.lora_A.shape[0]
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": first.scaling * (math.sqrt(rank) if args.rslora else rank), "use_rslora": args.rslora,
+        "lora_dropout": args.dropout, "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "bias": "none",
+        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+    common.save_adapter(args, model, tokenizer, config, tensors)
+
+
+def load_lora(model, args) -> None:
+    """Put the adapter of --adapter on the model. Rank, alpha and targets come from its own config."""
+    config, tensors = common.load_adapter(args.adapter, model, "LORA")
+    unknown = [key for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform") if config.get(key)]
+    if unknown or config.get("bias", "none") != "none":
+        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown) or 'bias'}, which this script does not train")
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
+    add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
+    own = {}
+    for name, layer in lora_layers(model).items():
+        own[f"{prefix}{name}.lora_A.weight"], own[f"{prefix}{name}.lora_B.weight"] = layer.lora_A, layer.lora_B
+    if own.keys() != tensors.keys() or any(own[key].shape != tensors[key].shape for key in own):
+        odd = sorted(own.keys() ^ tensors.keys()) or [key for key in own if own[key].shape != tensors[key].shape]
+        raise common.UserError(f"--adapter {args.adapter} does not fit this model: {odd[0]}")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
+
+def merge_lora(model) -> None:
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.merged())
+
+
+def how_to_use(args) -> None:
+    adapter, merged = args.output, f"{args.output}/merged"
+    common.say(f"\nThe adapter lies in {adapter}. To use it:")
+
+
+def main(argv=None) -> None:
+    parser = common.make_parser(__doc__, output="runs/lora", lr=2e-4)
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
+    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / r")
+    add("--dropout", type=common.number(float, 0, 1), default=0.0, help="on the update's input")
+    add("--targets", default="all-linear", help="all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(r), which keeps high ranks learning")
+    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--merge", action="store_true", help="also write the merged model to --output/merged")
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; a shorter --max-length")
