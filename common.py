@@ -733,19 +733,22 @@ def load_tokenizer(args):
     return tokenizer, vocab_size
 
 
-def load_model(args, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """A causal LM with weights in dtype on the device, and `model.target_logps` bound to it (section 7)."""
+def load_model(args, dtype: torch.dtype, device: torch.device, weights: torch.dtype | None = None) -> torch.nn.Module:
+    """A causal LM that computes in dtype and keeps its weights in `weights` (dtype, if not given), on the device, with
+    `model.target_logps` bound to it (section 7). What sections 6 and 7 assume of a model is checked here, by trying."""
+    weights = weights or dtype
     if args.model == "tiny":
-        model = tiny_model().to(dtype)
+        model = tiny_model().to(weights)
     else:  # safetensors only: a pickle can run code while it loads
-        model = from_hub(transformers.AutoModelForCausalLM, args, dtype=dtype, use_safetensors=True)
+        model = from_hub(transformers.AutoModelForCausalLM, args, dtype=weights, use_safetensors=True)
     model.to(device)
     # a bound method, because FSDP2 gathers weights only around methods it knows (register_fsdp_forward_method)
     model.target_logps = types.MethodType(target_logps, model)
     model.padded_attention, model.base_fingerprint = model.config._attn_implementation, fingerprint(model)
-    if args.packing:
-        choose_packed_attention(model)
-    check_head(model)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != weights):
+        if args.packing:
+            choose_packed_attention(model, exact=dtype == torch.float32)
+        check_head(model, exact=dtype == torch.float32)
     return model
 
 
@@ -826,13 +829,13 @@ def attention(model, implementation: str):
 
 
 @torch.no_grad()
-def choose_packed_attention(model) -> None:
+def choose_packed_attention(model, exact: bool) -> None:
     """Give the model an attention in which packed documents do not see each other, found by trying.
 
     Two documents in one packed row must get the hidden states that each gets alone: with document attention, else with the
     mask that transformers derives from position_ids. A model that lets them see each other both ways is refused.
     """
-    device, dtype = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.dtype
+    device = model.get_input_embeddings().weight.device
     ids, lengths = torch.arange(21, device=device)[None] * 5 % 17 + 3, [12, 9]
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
     documents = (lengths, torch.tensor([0, 12, 21], dtype=torch.int32, device=device), 12)
@@ -849,7 +852,7 @@ def choose_packed_attention(model) -> None:
         except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError):
             continue
         # the mean, because in bfloat16 single values differ by some per cent between the two shapes
-        if (packed - alone).abs().mean() <= (1e-3 if dtype == torch.float32 else 0.05) * alone.abs().mean():
+        if (packed - alone).abs().mean() <= (1e-3 if exact else 0.05) * alone.abs().mean():
             return
     raise UserError(f"{type(model).__name__} lets packed documents see each other: use --no-packing")
 
@@ -945,7 +948,7 @@ def target_logps(model, input_ids, targets, target_index, documents=None, **inpu
 
 
 @torch.no_grad()
-def check_head(model) -> None:
+def check_head(model, exact: bool) -> None:
     """Refuse a model whose own logits are not what `target_logps` makes of its head (other scalings, further layers)."""
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
@@ -955,7 +958,7 @@ def check_head(model) -> None:
     with attention(model, model.padded_attention):
         expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         ours = model.target_logps(ids, ids[0, 1:], torch.arange(11, device=ids.device))
-    if not torch.allclose(ours, expected, rtol=0, atol=1e-3 if head.weight.dtype == torch.float32 else 0.1):
+    if not torch.allclose(ours, expected, rtol=0, atol=1e-3 if exact else 0.1):
         raise UserError(f"{type(model).__name__} changes its logits in a way that is not known here: off by {(ours - expected).abs().max():.3g} nats")
 
 
@@ -1080,9 +1083,9 @@ def stop_ids(model, tokenizer) -> list[int]:
     return list(dict.fromkeys([end_of_turn(tokenizer), tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])]))
 
 
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens: int = 128) -> list[str]:
     """Greedy answers to prompts (token ids), in one left-padded batch. `generate` derives position_ids from the mask."""
-    width, device = max(map(len, prompts)), model.get_input_embeddings().weight.device
+    width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     settings = transformers.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
@@ -1092,23 +1095,18 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) ->
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
-def samples(model, tokenizer, corpus: Corpus, count: int, max_new_tokens: int = 128) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first documents; raw text is continued from its middle."""
+def samples(model, tokenizer, corpus: Corpus, device) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first --samples documents; raw text is continued from
+    its middle."""
     prompts, references = [], []
-    for document in [document for row in corpus.rows() for document in row][:count]:
+    for document in [document for row in corpus.rows() for document in row][: corpus.args.samples]:
         ids, marks = corpus.table[document]["input_ids"].tolist(), corpus.table[document]["is_target"].astype(np.int8)
         starts = np.flatnonzero(np.diff(marks) == 1) + 1  # where answers begin
         start = int(starts[-1]) if starts[-1] > 1 else len(ids) // 2
         prompts.append(ids[:start])
         references.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
-    answers = generate(model, tokenizer, prompts, max_new_tokens) if prompts else []
+    answers = generate(model, tokenizer, prompts, device) if prompts else []
     return [(tokenizer.decode(p, skip_special_tokens=True), a, r) for p, a, r in zip(prompts, answers, references)]
-
-
-def show_samples(before: list[tuple], after: list[tuple]) -> None:
-    for n, (prompt, answer, reference) in enumerate(after):
-        say(f"\n--- held-out prompt {n + 1} ---\n{prompt.strip()}")
-        say((f"--- before ---\n{before[n][1].strip()}\n" if before else "") + f"--- after ---\n{answer.strip()}\n--- data ---\n{reference.strip()}")
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -1129,9 +1127,9 @@ class Run:
     FREE = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
             "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "adapter", "offload"}  # fmt: skip
 
-    def __init__(self, args, model, optimizers: list, corpus: Corpus, evaluation: Corpus | None, device: torch.device):
-        self.args, self.model, self.optimizers, self.evaluation, self.device = args, model, optimizers, evaluation, device
-        self.output, self.total_steps = Path(args.output), len(corpus.plan())
+    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, device: torch.device):
+        self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, device
+        self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
         self.step = self.tokens = self.window_targets = 0  # the window is what came since the last logged step
         self.window_nll, self.unread, self.eval_loss, self.signal = 0.0, [], None, None
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
@@ -1144,9 +1142,9 @@ class Run:
             self.open_metrics(resumed)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        self.started = self.clock = time.perf_counter()
-        self.clock_tokens = self.tokens
-        self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=rank() != 0)
+        self.started, self.before = time.perf_counter(), []
+        self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=rank() != 0,
+                        mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
 
     def open_metrics(self, resumed: bool) -> None:
         """Begin metrics.jsonl; on --resume cut it back to the checkpoint, so that no step stands in it twice."""
@@ -1178,6 +1176,14 @@ class Run:
         if self.signal is not None:  # asked twice: now
             sys.exit(128 + number)
         self.signal = number
+
+    def begin(self) -> None:
+        """Held-out loss and samples before the first step; from here on the clock runs."""
+        if self.step == 0:
+            self.evaluate()
+            self.before = samples(self.model, self.tokenizer, self.evaluation or self.corpus, self.device)
+        self.model.train()
+        self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def evaluate(self) -> None:
         if self.evaluation is not None:
@@ -1212,8 +1218,10 @@ class Run:
             speed = (self.tokens - self.clock_tokens) / (now - self.clock)
             self.write(step=self.step, epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens,
                        tokens_per_second=round(speed, 1), peak_memory_gib=round(peak_memory_gib(self.device), 3))  # fmt: skip
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self.window_nll, self.window_targets, self.clock, self.clock_tokens = 0.0, 0, now, self.tokens
+        if last:
+            self.bar.close()
         paused = time.perf_counter()
         if evaluate:
             self.evaluate()
@@ -1293,6 +1301,13 @@ class Run:
         say(f"resumed after step {self.step} from {folder}")
         return True
 
+    def show_samples(self) -> None:
+        """Held-out prompts with the answers before and after training (after a --resume: only after), and the data's."""
+        for n, (prompt, answer, reference) in enumerate(samples(self.model, self.tokenizer, self.evaluation or self.corpus, self.device)):
+            before = f"--- before ---\n{self.before[n][1].strip()}\n" if self.before else ""
+            say(f"\n--- held-out prompt {n + 1} ---\n{prompt.strip()}\n{before}--- after ---\n{answer.strip()}\n--- data ---\n{reference.strip()}")
+
     def finish(self) -> None:
+        """The last line of metrics.jsonl: everything that the run was to write has been written."""
         self.bar.close()
         self.write(done=True, step=self.step, eval_loss=self.eval_loss, tokens=self.tokens, seconds=round(time.perf_counter() - self.started, 1))

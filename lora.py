@@ -106,14 +106,9 @@ def train(args) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = common.decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
-    run = common.Run(args, model, [optimizer], corpus, evaluation, device)
-    before = []
-    if run.step == 0:
-        run.evaluate()
-        before = common.samples(model, tokenizer, evaluation or corpus, args.samples)
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, device)
+    run.begin()
 
-    # --- the training loop ---
-    model.train()
     for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
@@ -129,9 +124,8 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
-    # --- end ---
 
-    common.show_samples(before, common.samples(model, tokenizer, evaluation or corpus, args.samples))
+    run.show_samples()
     save_lora(args, model, tokenizer)
     if args.merge:
         merge_lora(model)
@@ -184,8 +178,13 @@ def merge_lora(model) -> None:
 
 
 def how_to_use(args) -> None:
-    adapter, merged = args.output, f"{args.output}/merged"
-    common.say(f"\nThe adapter lies in {adapter}. To use it:")
+    """The last lines of a run: where the adapter lies, and commands that use it as they stand."""
+    model = f"{args.output}/base" if args.model == "tiny" else args.model
+    common.say(f"""
+The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
+  python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import pipeline; m = M.from_pretrained('{args.output}'); print(pipeline('text-generation', m, tokenizer='{args.output}')([dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])"
+Merge it into its base, which then needs no PEFT:
+  python lora.py --model {model} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {args.output}""")
 
 
 def main(argv=None) -> None:

@@ -1,0 +1,195 @@
+"""Full fine-tuning: train every parameter, on one device or sharded over many, and keep what the model knew.
+
+The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on all N parameters,
+
+    m = b1 m + (1 - b1) g         v = b2 v + (1 - b2) g^2
+    w = w - lr ( m' / (sqrt(v') + eps) + decay w )          m' = m / (1 - b1^t),  v' = v / (1 - b2^t)
+
+so what there is to learn is where N numbers of each kind lie, and in what precision (bytes a parameter):
+
+    mode                            weights   gradients   m and v   together    what it costs
+    float32 masters (default)          4          4          8         16       nothing; the computation is bfloat16 on CUDA
+      --optimizer adamw8bit            4          4          2         10       states rounded to 8 bits in blocks of 256
+      --step-in-backward               4         (4)         8         12       no accumulation, no global clipping
+    --offload                       host       host       host        ~0       a copy of each block to and from the GPU a step
+    torchrun, W ranks                4/W        4/W        8/W       16/W      communication (FSDP2 = ZeRO stage 3)
+    --pure-bfloat16                    2          2          4          8       small updates vanish: see below
+      with both of the above           2         (2)         2          4       the least that trains every parameter
+
+Why float32 masters? bfloat16 keeps 8 significant bits, so w + u == w wherever |u| < |w| / 512 or so. At lr 1e-5 more than
+nine in ten updates of a pretrained model are smaller than that and are lost; --pure-bfloat16 accepts it for the memory.
+
+Against forgetting: --l2-sp ALPHA adds ALPHA ||w - w0||^2 (Li et al. 2018, arXiv 1802.01483, without their factor 1/2 and
+without a term for new layers, as there are none), which pulls towards the pretrained w0; and replay mixes general rows
+in: --data mine.jsonl general.jsonl:0.2.
+
+Questions people ask
+  Sum or mean?       The mean over the target tokens of the whole optimizer step, over micro-batches and ranks. FSDP2
+                     averages gradients over ranks, so each rank multiplies its part by their number.
+  What is saved?     The weights in the precision they were computed in. float32 masters stay in checkpoint/.
+  Which rate?        1e-5, a twentieth of LoRA's: each step moves all weights, not a small product of rank r.
+
+    python full_ft.py                                                   # a tiny random model, bundled rows, a minute
+    python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
+    torchrun --nproc-per-node 8 full_ft.py --model BASE --data train.jsonl --gradient-checkpointing
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import common
+
+
+def make_optimizer(groups, args, device):
+    """AdamW over parameters or groups of them: PyTorch's, or bitsandbytes' with 8-bit (and paged) states."""
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+    import bitsandbytes  # loads CUDA libraries, so only where it is asked for
+
+    kind = bitsandbytes.optim.AdamW8bit if args.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+    return kind(groups, lr=args.lr)
+
+
+def shard(model, dtype: torch.dtype, offload: bool, device: torch.device) -> None:
+    """FSDP2: each rank keeps 1/W of every parameter in float32; a block is gathered in dtype just before it runs and freed
+    after. With offload the shards, and with them gradients and optimizer states, lie in host memory."""
+    options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
+    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for block in common.blocks(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)  # what is in no block: embedding, last norm, head
+    register_fsdp_forward_method(model, "target_logps")  # the head must be gathered while the loss is computed
+
+
+def add_l2_sp(parameters, start, alpha: float) -> None:
+    """d/dw of alpha ||w - w0||^2 is 2 alpha (w - w0): added to the gradients, before clipping."""
+    for p, p0 in zip(parameters, start):
+        p.grad.add_(p.detach() - p0, alpha=2 * alpha)
+
+
+def step_in_backward(parameters, start, args, device) -> list:
+    """One optimizer a parameter, which steps as soon as the parameter's gradient is complete and then frees it: never
+    more than one gradient exists. So there is nothing to accumulate over micro-batches, and no global norm to clip."""
+    optimizers = []
+    for i, p in enumerate(parameters):
+        decay = args.weight_decay if p.dim() >= 2 else 0.0
+        optimizer = make_optimizer([{"params": [p], "weight_decay": decay}], args, device)
+
+        def step(p, optimizer=optimizer, p0=start[i : i + 1]):
+            if p0:
+                add_l2_sp([p], p0, args.l2_sp)
+            optimizer.step()
+            p.grad = None
+
+        p.register_post_accumulate_grad_hook(step)
+        optimizers.append(optimizer)
+    return optimizers
+
+
+def check_flags(args, sharded: bool) -> None:
+    if args.step_in_backward and (args.grad_accum != 1 or args.max_grad_norm != 0):
+        raise common.UserError("--step-in-backward needs --grad-accum 1 and --max-grad-norm 0: no two gradients exist at once")
+    if sharded and args.step_in_backward:
+        raise common.UserError("--step-in-backward works in one process without --offload: FSDP2 reduces whole blocks")
+    if sharded and args.optimizer != "adamw":
+        raise common.UserError(f"--optimizer {args.optimizer}: bitsandbytes cannot step sharded parameters; use adamw with torchrun or --offload")
+    if sharded and args.pure_bfloat16:
+        raise common.UserError("--pure-bfloat16 is for one device; sharded or offloaded float32 masters need no memory there")
+
+
+def train(args) -> None:
+    device, dtype = common.setup(args, distributed=True)
+    sharded = common.world_size() > 1 or args.offload
+    check_flags(args, sharded)
+    if sharded and not dist.is_initialized():  # --offload on one device is FSDP2 with one rank
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size)
+    if args.inspect:
+        return corpus.show(tokenizer)
+    model = common.load_model(args, dtype, device, weights=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
+    common.checkpoint_blocks(model, args)
+    if sharded:
+        shard(model, dtype, args.offload, device)
+    elif dtype != model.dtype:  # float32 masters, bfloat16 products; uncached, as each weight is used once
+        model.target_logps = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(model.target_logps)
+    common.say(f"all {common.count_parameters(model)[0]:,} parameters train")
+
+    parameters = list(model.parameters())
+    start = [p.detach().clone() for p in parameters] if args.l2_sp else []  # w0
+    if args.step_in_backward:
+        optimizers = step_in_backward(parameters, start, args, device)
+    else:
+        optimizers = [make_optimizer(common.decay_groups(model, args.weight_decay), args, device)]
+    run = common.Run(args, model, tokenizer, optimizers, corpus, evaluation, device)
+    run.begin()
+
+    for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = lr
+        nll = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch_nll = -model.target_logps(**common.to_device(batch, device)).sum()
+            (batch_nll * common.world_size() / targets).backward()  # targets counts the whole step's, over all ranks
+            nll += batch_nll.detach()
+        grad_norm = None
+        if not args.step_in_backward:
+            if run.step == 0:
+                common.check_gradients(model)
+            if args.l2_sp:
+                add_l2_sp(parameters, start, args.l2_sp)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+        run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
+
+    run.show_samples()
+    save(args, model, tokenizer, dtype)
+    run.finish()
+    how_to_use(args)
+
+
+def save(args, model, tokenizer, dtype: torch.dtype) -> None:
+    """A Hugging Face folder in --output, in the precision of the computation. Shards are gathered on rank 0."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if common.rank() == 0:
+        with torch.device("meta"):  # a fresh model of the same class: FSDP2 has changed this one's
+            fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=args.trust_remote_code)
+        fresh.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+        fresh.tie_weights()
+        fresh.padded_attention = model.padded_attention
+        common.save_model(Path(args.output), fresh, tokenizer)
+
+
+def how_to_use(args) -> None:
+    """The last lines of a run: where the model lies, and a command that uses it as it stands."""
+    common.say(f"""
+The model lies in {args.output}. Answer with it:
+  python -c "from transformers import pipeline; print(pipeline('text-generation', '{args.output}')([dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])\"""")
+
+
+def main(argv=None) -> None:
+    parser = common.make_parser(__doc__, output="runs/full_ft", lr=1e-5)
+    add = parser.add_argument_group("full fine-tuning").add_argument
+    add("--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw", help="8-bit states are bitsandbytes'; paged ones move to the host under pressure")
+    add("--step-in-backward", action="store_true", help="each parameter steps in the backward pass and frees its gradient")
+    add("--offload", action="store_true", help="keep weights, gradients and states in host memory (FSDP2), also on one GPU")
+    add("--pure-bfloat16", action="store_true", help="no float32 masters: 4 to 8 bytes a parameter, but small updates are lost")
+    add("--l2-sp", type=common.number(float, 0), default=0.0, metavar="ALPHA", help="penalty ALPHA ||w - w0||^2 towards the pretrained weights")
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; --optimizer adamw8bit; "
+                  "--offload; torchrun on more GPUs; --step-in-backward --max-grad-norm 0; --pure-bfloat16")  # fmt: skip
