@@ -43,8 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch.distributed.checkpoint import state_dict as full_state
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -1116,6 +1115,21 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def unsharded(value):
+    """A parameter or an optimizer state, gathered from all ranks if it is sharded, on the CPU."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
+
+
+def sharded_like(p, value):
+    """The inverse of `unsharded`: this rank's part of a tensor of p's shape, placed as p is."""
+    if not isinstance(p, DTensor) or not isinstance(value, torch.Tensor) or value.shape != p.shape:
+        return value
+    part = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).to_local()
+    return DTensor.from_local(part.to(p.device), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
 class Run:
     """The bookkeeping of a run: where it stands, what it logs, what it saves. Two places in --output:
 
@@ -1132,7 +1146,7 @@ class Run:
         self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
         self.step = self.tokens = self.window_targets = 0  # the window is what came since the last logged step
         self.window_nll, self.unread, self.eval_loss, self.signal = 0.0, [], None, None
-        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
         documents = [corpus.table._fingerprint, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
         self.identity |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in self.FREE}
@@ -1238,12 +1252,10 @@ class Run:
         return sorted((self.output / "checkpoint").glob("step-*"))
 
     def save_checkpoint(self) -> None:
-        weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        optimizer = [optimizer.state_dict() for optimizer in self.optimizers]
-        if self.sharded:  # gathered whole on rank 0, so that any number of ranks can load it
-            options = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-            whole, optimizer = full_state.get_state_dict(self.model, self.optimizers, options=options)
-            weights = {name: whole[name] for name in weights if name in whole}
+        """Everything by parameter name and unsharded, so that any number of ranks can load it; then the one before goes."""
+        weights = {name: unsharded(p) for p, name in self.trained.items()}
+        states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
+        optimizer = {self.trained[p]: {key: unsharded(value) for key, value in state.items()} for p, state in states}
         if rank() != 0:
             return
         state = {"step": self.step, "tokens": self.tokens, "window_nll": self.window_nll, "window_targets": self.window_targets,
@@ -1251,7 +1263,7 @@ class Run:
         final, temporary = self.output / "checkpoint" / f"step-{self.step:08d}", self.output / "checkpoint" / ".unfinished"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        safetensors.torch.save_file({name: p.cpu().contiguous() for name, p in weights.items()}, temporary / "weights.safetensors")
+        safetensors.torch.save_file(weights, temporary / "weights.safetensors")
         cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         torch.save({"optimizer": optimizer, "random": torch.get_rng_state(), "cuda_random": cuda}, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -1284,15 +1296,14 @@ class Run:
                 raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
         weights = safetensors.torch.load_file(folder / "weights.safetensors")
         saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        if self.sharded:
-            full_state.set_state_dict(self.model, self.optimizers, model_state_dict=weights, optim_state_dict=saved["optimizer"],
-                                      options=full_state.StateDictOptions(full_state_dict=True, strict=False))  # fmt: skip
-        else:
-            with torch.no_grad():
-                for name, p in self.model.named_parameters():
-                    p.copy_(weights[name]) if p.requires_grad else None
-            for optimizer, entry in zip(self.optimizers, saved["optimizer"]):
-                optimizer.load_state_dict(entry)
+        with torch.no_grad():
+            for p, name in self.trained.items():
+                p.copy_(sharded_like(p, weights[name]))
+        for optimizer in self.optimizers:
+            entry, order = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+            found = [(i, p, saved["optimizer"].get(self.trained[p])) for i, p in enumerate(order)]
+            entry["state"] = {i: {key: sharded_like(p, value) for key, value in state.items()} for i, p, state in found if state}
+            optimizer.load_state_dict(entry)
         torch.set_rng_state(saved["random"])
         if saved["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_random"])

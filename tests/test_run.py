@@ -1,0 +1,268 @@
+"""The run: schedule, metrics, checkpoints, resumption, signals, and the faults that a user meets while training."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_script, write_rows
+from safetensors.torch import load_file
+
+import common
+import full_ft
+import lora
+
+ROWS = [{"prompt": f"Repeat {c} {n} times.", "completion": c * n} for n in range(1, 9) for c in "abcdefg"]
+TWELVE = ["--max-steps", "12", "--batch-size", "1", "--max-length", "128", "--samples", "0", "--lr", "0.01", "--log-every", "2",
+          "--save-every", "5", "--eval-every", "4"]  # fmt: skip
+
+
+def flags(tmp_path, name, *more):
+    return ["--data", write_rows(tmp_path / "rows.jsonl", ROWS), "--output", str(tmp_path / name), *TWELVE, *more]
+
+
+def without_times(entries):
+    drop = {"tokens_per_second", "peak_memory_gib", "seconds"}
+    return [{key: value for key, value in entry.items() if key not in drop} for entry in entries[1:]]
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(monkeypatch, step):
+    """As SIGKILL would between two steps: nothing after this step is logged or saved."""
+    original = common.Run.end_step
+
+    def end_step(self, *args):
+        if self.step == step:
+            raise Killed
+        original(self, *args)
+
+    monkeypatch.setattr(common.Run, "end_step", end_step)
+
+
+@pytest.mark.parametrize("script, more", [(lora, ["--dropout", "0.1"]), (full_ft, []), (full_ft, ["--step-in-backward", "--max-grad-norm", "0"])])
+@pytest.mark.parametrize("at", [7, 11])
+def test_a_resumed_run_equals_one_that_was_never_stopped(script, more, at, tmp_path, monkeypatch):
+    """Bit for bit, in the middle of an epoch and of a logging window: metrics, weights, with dropout's random numbers."""
+    script.main(flags(tmp_path, "whole", *more))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, at)
+        script.main(flags(tmp_path, "parts", *more))
+    script.main(flags(tmp_path, "parts", *more, "--resume"))
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert without_times(whole) == without_times(parts)
+    name = "adapter_model.safetensors" if script is lora else "model.safetensors"
+    a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit(number, code, tmp_path):
+    command = [sys.executable, str(ROOT / "lora.py"), *flags(tmp_path, "run"), "--max-steps", "5000", "--save-every", "10"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not list((tmp_path / "run" / "checkpoint").glob("step-*")) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "--resume" in printed and "Traceback" not in errors
+    (folder,) = (tmp_path / "run" / "checkpoint").iterdir()
+    step = json.loads((folder / "state.json").read_text())["step"]
+    assert f"after step {step}" in printed
+
+
+def finished(tmp_path, *more):
+    lora.main(flags(tmp_path, "run", *more))
+    return tmp_path / "run" / "checkpoint" / "step-00000012"
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "state.json"])
+def test_a_flipped_byte_is_found(name, tmp_path):
+    path = finished(tmp_path) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(common.UserError, match=f"{name} is damaged"):
+        lora.main(flags(tmp_path, "run", "--resume"))
+
+
+def test_a_missing_file_is_found(tmp_path):
+    (finished(tmp_path) / "optimizer.pt").unlink()
+    with pytest.raises(common.UserError, match="damaged"):
+        lora.main(flags(tmp_path, "run", "--resume"))
+
+
+def test_an_unfinished_checkpoint_is_never_taken(tmp_path, monkeypatch):
+    """Killed while the second checkpoint is being written: the first one counts."""
+    save_file = common.safetensors.torch.save_file
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+
+        def fail(tensors, path, **options):
+            if (tmp_path / "run" / "checkpoint" / "step-00000005").exists():
+                path.write_bytes(b"half of a f")
+                raise Killed
+            save_file(tensors, path, **options)
+
+        patch.setattr(common.safetensors.torch, "save_file", fail)
+        lora.main(flags(tmp_path, "run"))
+    assert (tmp_path / "run" / "checkpoint" / ".unfinished").exists()
+    lora.main(flags(tmp_path, "run", "--resume"))
+    lora.main(flags(tmp_path, "whole"))
+    assert without_times(read_metrics(tmp_path / "run")) == without_times(read_metrics(tmp_path / "whole"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-00000012"]
+
+
+@pytest.mark.parametrize("changed, match", [
+    (["--lr", "0.02"], "--lr"),
+    (["--rank", "8"], "--rank"),
+    (["--seed", "1"], "--seed"),
+    (["--schedule", "linear"], "--schedule"),
+    (["--batch-size", "2"], "rows a step"),
+])  # fmt: skip
+def test_resuming_another_run_is_refused(changed, match, tmp_path):
+    finished(tmp_path)
+    with pytest.raises(common.UserError, match=match):
+        lora.main([*flags(tmp_path, "run", "--resume"), *changed])
+
+
+def test_resuming_with_other_data_or_another_model_is_refused(tmp_path):
+    finished(tmp_path)
+    arguments = flags(tmp_path, "run", "--resume")
+    write_rows(tmp_path / "rows.jsonl", ROWS[1:])
+    with pytest.raises(common.UserError, match="data"):
+        lora.main(arguments)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    other = common.tiny_model()
+    other.padded_attention = "sdpa"
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    common.save_model(tmp_path / "other", other, common.tiny_tokenizer())
+    with pytest.raises(common.UserError, match="base model"):
+        lora.main([*arguments, "--model", str(tmp_path / "other")])
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path):
+    finished(tmp_path)
+    before = read_metrics(tmp_path / "run")
+    lora.main(flags(tmp_path, "run", "--resume"))
+    assert without_times(read_metrics(tmp_path / "run")) == without_times(before)
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(tmp_path, capsys):
+    lora.main(flags(tmp_path, "run", "--resume"))
+    assert "starting at step 0" in capsys.readouterr().out and read_metrics(tmp_path / "run")[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("script, names", [(lora, "lora_B"), (full_ft, "model.norm.weight")])
+def test_a_loss_that_is_not_finite_stops_the_run(script, names, tmp_path, monkeypatch):
+    """A weight becomes infinite after step 6: the run stops at the next logged step and names step 5's checkpoint."""
+    original = common.Run.end_step
+
+    def end_step(self, *args):
+        original(self, *args)
+        if self.step == 6:
+            with torch.no_grad():
+                next(p for p, name in self.trained.items() if names in name).fill_(float("inf"))
+
+    monkeypatch.setattr(common.Run, "end_step", end_step)
+    with pytest.raises(common.UserError, match=r"step 8: .*not finite.*step-00000005"):
+        script.main(flags(tmp_path, "run", "--eval-every", "100"))
+    weights = load_file(tmp_path / "run" / "checkpoint" / "step-00000005" / "weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_trainable_parameter_without_a_gradient_is_an_error():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0](torch.randn(1, 2)).sum().backward()
+    with pytest.raises(common.UserError, match="2 trainable parameters get no gradient, the first of them 1.weight"):
+        common.check_gradients(model)
+
+
+def schedule(name, ratio, total=100):
+    args = common.make_parser("", output="x", lr=1.0).parse_args(["--schedule", name, "--warmup-ratio", str(ratio)])
+    return [common.learning_rate(step, total, args) for step in range(total)]
+
+
+def test_learning_rate_schedules():
+    cosine, linear, constant = schedule("cosine", 0.1), schedule("linear", 0.1), schedule("constant", 0.1)
+    assert cosine[:10] == linear[:10] == constant[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert cosine[55] == pytest.approx(0.5) and linear[55] == pytest.approx(0.5) and constant[55] == 1
+    assert 0 < cosine[-1] < cosine[-2] and 0 < linear[-1] < linear[-2]
+    assert schedule("cosine", 0)[0] == 1
+
+
+def test_the_logged_loss_is_the_exact_token_weighted_mean(tmp_path):
+    """Steps of unlike target counts: the loss over a window equals the sum of NLL over the sum of targets."""
+    lora.main(flags(tmp_path, "one", "--log-every", "1"))
+    lora.main(flags(tmp_path, "four", "--log-every", "4"))
+    args = common.make_parser("", output="x", lr=1.0).parse_args(flags(tmp_path, "one"))
+    tokenizer, size = common.load_tokenizer(args)
+    corpus, _ = common.load_data(args, tokenizer, size)
+    counts = [targets for _, _, _, targets in corpus.steps()]
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "one") if "loss" in entry]
+    first = sum(n * loss for n, loss in zip(counts[:4], losses[:4])) / sum(counts[:4])
+    assert next(entry for entry in read_metrics(tmp_path / "four") if "loss" in entry)["loss"] == pytest.approx(first, rel=1e-6)
+    assert len(set(counts[:4])) > 1
+
+
+def test_decay_touches_matrices_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    decayed, spared = common.decay_groups(model, 0.1)
+    assert [p.dim() for p in decayed["params"]] == [2] and [p.dim() for p in spared["params"]] == [1, 1, 1]
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+
+
+def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    """The second checkpoint fails as on a full disk: one line, exit code 1, and the first checkpoint loads."""
+    save_file = common.safetensors.torch.save_file
+
+    def fail(tensors, path, **options):
+        if (tmp_path / "run" / "checkpoint" / "step-00000005").exists():
+            raise OSError(28, "No space left on device", str(path))
+        save_file(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.safetensors.torch, "save_file", fail)
+        with pytest.raises(SystemExit) as stopped:
+            common.launch(lambda: lora.main(flags(tmp_path, "run")), "")
+    assert stopped.value.code == 1
+    lora.main(flags(tmp_path, "run", "--resume"))
+    assert read_metrics(tmp_path / "run")[-1]["done"]
+
+
+def test_out_of_memory_says_what_to_try(capsys):
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More text")
+
+    with pytest.raises(SystemExit) as stopped:
+        common.launch(run_out, "--gradient-checkpointing; a smaller --batch-size")
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 1 and printed.startswith("error: out of GPU memory") and "--gradient-checkpointing" in printed
+
+
+@pytest.mark.parametrize("more, match", [
+    (["--batch-size", "0"], "--batch-size"),
+    (["--lr", "fast"], "--lr"),
+    (["--eval-fraction", "1"], "--eval-fraction"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--model", "no/such-model"], "--model no/such-model"),
+    (["--data", "missing.jsonl"], "missing.jsonl"),
+])  # fmt: skip
+def test_bad_usage_is_one_line_and_exit_code_2(more, match, tmp_path):
+    run = run_script("lora.py", "--output", tmp_path / "out", *more)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and match in run.stderr and "Traceback" not in run.stderr
+    assert run.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["lora.py", "full_ft.py"])
+def test_help_shows_every_default(script):
+    run = run_script(script, "--help")
+    assert run.returncode == 0
+    for flag in ("--model", "--data", "--max-length", "--schedule", "--packing", "--checkpoint-blocks", "--resume", "--template"):
+        assert flag in run.stdout
+    assert run.stdout.count("(default:") >= 25
