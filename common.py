@@ -223,8 +223,14 @@ def open_source(name: str):
     files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
     if not files or files[0].suffix not in READERS:
         raise UserError(f"--data {name}: not a {', '.join(READERS)} file or a folder of them")
-    digest = "".join(f"{file} {file_digest(file)}" for file in files)
-    return digest, lambda: (item for file in files for item in READERS[file.suffix](file))
+
+    def rows():
+        for row, where in (item for file in files for item in READERS[file.suffix](file)):
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
+            yield row, where
+
+    return "".join(f"{file} {file_digest(file)}" for file in files), rows
 
 
 def file_digest(path: Path) -> str:
@@ -286,10 +292,8 @@ def messages(row: dict, key: str, where: str, role: str = "") -> list[dict]:
     return result
 
 
-def parse_row(row, where: str) -> str | list[dict]:
+def parse_row(row: dict, where: str) -> str | list[dict]:
     """A training row in any of FORMATS -> its raw text, or its messages."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
     for key in ("messages", "conversations"):
         if key in row:
             return messages(row, key, where)
@@ -308,11 +312,9 @@ def parse_row(row, where: str) -> str | list[dict]:
     raise UserError(f"{where}: fields {sorted(map(str, row))} fit none of: {FORMATS}")
 
 
-def parse_preference(row, where: str) -> tuple[list[dict], list[list[dict]], float]:
+def parse_preference(row: dict, where: str) -> tuple[list[dict], list[list[dict]], float]:
     """A preference or ranking row -> (prompt, answers from best to worst, margin). Without a prompt, it is the leading
     turns that chosen and rejected have in common."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
     if "responses" in row:
         if not isinstance(row["responses"], list) or len(row["responses"]) < 2:
             raise UserError(f"{where}: {wrong(row, 'responses', 'a list of two or more answers, best first')}")
@@ -333,10 +335,8 @@ def parse_preference(row, where: str) -> tuple[list[dict], list[list[dict]], flo
     return prompt, answers, float(margin or 0.0)
 
 
-def parse_prompt(row, where: str) -> list[dict]:
+def parse_prompt(row: dict, where: str) -> list[dict]:
     """A prompts-only row -> messages that end with the user's."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
     prompt = messages(row, next((key for key in ("messages", "conversations") if key in row), "prompt"), where, "user")
     if prompt[-1]["role"] != "user":
         raise UserError(f"{where}: a prompt ends with the user's turn, this one with the {prompt[-1]['role']}'s")

@@ -140,7 +140,7 @@ def save_lora(args, model, tokenizer) -> None:
     first = next(iter(layers.values()))
     rank = first.lora_A.shape[0]
     config = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": first.scaling * (math.sqrt(rank) if args.rslora else rank), "use_rslora": args.rslora,
+        "peft_type": "LORA", "r": rank, "lora_alpha": args.alpha, "use_rslora": args.rslora,
         "lora_dropout": args.dropout, "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "bias": "none",
         "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
     }  # fmt: skip
@@ -184,7 +184,7 @@ def how_to_use(args) -> None:
 The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
   python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import pipeline; m = M.from_pretrained('{args.output}'); print(pipeline('text-generation', m, tokenizer='{args.output}')([dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])"
 Merge it into its base, which then needs no PEFT:
-  python lora.py --model {model} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {args.output}""")
+  python lora.py --model {model} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {args.output}-merged""")
 
 
 def main(argv=None) -> None:

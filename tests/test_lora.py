@@ -249,7 +249,8 @@ def test_as_a_newcomer_runs_it(tmp_path):
         words = [sys.executable, *shlex.split(command)[1:]]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr
-    assert (output / "merged" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "lora-merged" / "merged" / "model.safetensors").exists()
+    assert read_metrics(output)[-1]["step"] == 8  # using the adapter leaves its run as it was
 
 
 def test_inspect_writes_nothing(tmp_path):
