@@ -97,7 +97,7 @@ def make_parser(doc: str, **defaults) -> Parser:
     add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="the rate after warmup: down to 0, or as it is")
     add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's decoupled decay, on tensors of 2 or more dimensions")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="clip the global gradient norm here; 0 never clips")
-    add("--seed", type=number(int, 0), default=0, help="of initial values, data order and the held-out split")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of initial values, data order and the held-out split")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16, but float32 on a CPU")
     add("--packing", action=yes_no, default=True, help="fill rows with whole documents that cannot see each other; without it, rows are padded")
     add("--gradient-checkpointing", action=yes_no, default=False, help="recompute blocks in the backward pass: far less memory, a third more time")
@@ -141,20 +141,18 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def parse_json(raw: bytes, where: str):
     try:
         return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 (byte {error.start}): save the file as UTF-8")
     except RecursionError:
         raise UserError(f"{where}: nested too deeply")
-    except ValueError as error:  # json.JSONDecodeError, and integers of thousands of digits
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{where if line == 1 else f'{where}:{line}'}: not valid JSON: {error}")
+    except ValueError as error:  # not UTF-8, not JSON, or integers of thousands of digits
+        utf8 = isinstance(error, UnicodeDecodeError)
+        line = 1 + raw.count(b"\n", 0, error.start) if utf8 else getattr(error, "lineno", 1)
+        raise UserError(f"{where if line == 1 else f'{where}:{line}'}: {'not UTF-8: save it as UTF-8' if utf8 else f'not valid JSON: {error}'}")
 
 
 def read_jsonl(path: Path):
     with open(path, "rb") as file:
         for n, raw in enumerate(file, 1):
-            raw = raw.removeprefix(BYTE_ORDER_MARK) if n == 1 else raw
-            if raw.strip():
+            if raw := raw.removeprefix(BYTE_ORDER_MARK if n == 1 else b"").strip():
                 yield parse_json(raw, f"{path}:{n}"), f"{path}:{n}"
 
 
@@ -175,16 +173,23 @@ def read_json(path: Path):
 
 
 def read_csv(path: Path):
+    def lines(file):  # decoded one by one, so that an error knows its line
+        for n, raw in enumerate(file, 1):
+            try:
+                yield raw.removeprefix(BYTE_ORDER_MARK if n == 1 else b"").decode("utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:{n}: not UTF-8: save the file as UTF-8")
+
     csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    with open(path, "rb") as file:
+        reader = csv.DictReader(lines(file), strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(f"{path}:{reader.line_num}: {'more' if None in row else 'fewer'} fields than the header")
                 yield row, f"{path}:{reader.line_num}"
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path}:{reader.line_num + 1}: {'not UTF-8' if isinstance(error, UnicodeError) else error}")
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.reader.line_num}: {error}")
 
 
 def from_table(table, where: str):
@@ -211,18 +216,18 @@ READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet
 def open_source(name: str):
     """A path or a Hub name -> (hash of its content, a function that yields (row, where it stands))."""
     path = Path(name)
-    if not path.exists():
-        if path.suffix in READERS or name.startswith((".", "/", "~")):
-            raise UserError(f"--data {name}: no such file or folder")
+    if not name or not path.exists():
+        if not name or path.suffix in READERS or name.startswith((".", "/", "~")):
+            raise UserError(f"{name or 'an empty name'}: no such file or folder")
         hub, *rest = name.split("@")  # NAME, NAME@SPLIT or NAME@CONFIG@SPLIT
         try:
             table = datasets.load_dataset(hub, rest[0] if len(rest) == 2 else None, split=rest[-1] if rest else "train")
         except Exception as error:  # no network, no such name, no such split
-            raise UserError(f"--data {name}: no such file, and no such data set on the Hub: {str(error).splitlines()[0]}")
+            raise UserError(f"{name}: no such file, and no such data set on the Hub: {str(error).splitlines()[0]}")
         return table._fingerprint, lambda: from_table(table, name)
     files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
     if not files or files[0].suffix not in READERS:
-        raise UserError(f"--data {name}: not a {', '.join(READERS)} file or a folder of them")
+        raise UserError(f"{name}: not a {', '.join(READERS)} file or a folder of them")
 
     def rows():
         for row, where in (item for file in files for item in READERS[file.suffix](file)):
@@ -330,7 +335,7 @@ def parse_preference(row: dict, where: str) -> tuple[list[dict], list[list[dict]
     if not prompt or any(not answer or any(m["role"] != "assistant" for m in answer) for answer in answers):
         raise UserError(f"{where}: chosen and rejected must be assistant answers to one prompt")
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)):
+    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) <= sys.float_info.max):
         raise UserError(f"{where}: {wrong(row, 'margin', 'a finite number')}")
     return prompt, answers, float(margin or 0.0)
 
@@ -402,11 +407,16 @@ def encode_conversation(tokenizer, conversation: list[dict], joined: bool = Fals
             piece = tokenizer(message["content"], add_special_tokens=not ids).input_ids + [tokenizer.eos_token_id] * answer
             ids, marks = ids + piece, marks + [answer] * len(piece)
         return [(ids, marks)]
-    if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template) and tokenizer.is_fast:  # the template marks its targets
+    if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()) and tokenizer.is_fast:  # the template marks its targets
         out = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
         ids, marks = out["input_ids"], [bool(mark) for mark in out["assistant_masks"]]
-        for i in range(1, len(ids)):  # a block that closes just before eos would never teach the model to stop
-            marks[i] |= marks[i - 1] and ids[i] == tokenizer.eos_token_id != ids[i - 1]
+        start = 0  # of the present run of targets
+        for i in range(1, len(ids)):
+            start = i if marks[i] and not marks[i - 1] else start
+            if marks[i - 1] and not marks[i] and ids[i - 1] != tokenizer.eos_token_id:
+                # A block that closes just before eos would never teach the model to stop; and of a last character that is
+                # several tokens, transformers marks only the first.
+                marks[i] = ids[i] == tokenizer.eos_token_id or tokenizer.decode(ids[start:i]).endswith("\ufffd")
         return [(ids, marks)]
     answers = [i for i, message in enumerate(conversation) if i > 0 and message["role"] == "assistant"]
     spans = [answer_span(tokenizer, conversation[: i + 1]) for i in answers]
@@ -424,19 +434,21 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int):
     parsed, documents, empty = parse_row(row, where), [], False
     if isinstance(parsed, str):  # raw text: every token is a target; a long text becomes consecutive documents
         prompt, empty = parsed, not parsed.strip()
-        ids = [] if empty else tokenizer(parsed).input_ids + [tokenizer.eos_token_id]
+        ids = [] if empty else tokenizer(parsed).input_ids
+        ids += [tokenizer.eos_token_id] if ids and ids[-1] != tokenizer.eos_token_id else []
         pieces = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
         documents = [(piece, [True] * len(piece)) for piece in pieces]
     else:
         while parsed and parsed[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
             parsed.pop()
-        prompt = json.dumps(parsed[: next((i for i, m in enumerate(parsed) if m["role"] == "assistant"), 0)])
+        first_answer = next((i for i, m in enumerate(parsed) if i and m["role"] == "assistant"), None)
+        prompt = json.dumps([(m["role"], m["content"]) for m in parsed[:first_answer]])
         empty = any(m["role"] == "assistant" and not m["content"].strip() for m in parsed)
         if args.system is not None and parsed and parsed[0]["role"] != "system":
             parsed.insert(0, {"role": "system", "content": args.system})
         try:
             documents = [] if empty or not parsed else encode_conversation(tokenizer, parsed, args.template == "none")
-        except (jinja2.TemplateError, UserError) as error:
+        except (jinja2.TemplateError, UserError, TypeError, ValueError) as error:
             raise UserError(f"{where}: the chat template refuses this conversation: {error}")
     # rows with the same prompt share a number, so that the held-out split can keep them together
     record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True)}
@@ -718,7 +730,10 @@ def load_tokenizer(args):
     elif args.template not in (None, "none"):
         if not Path(args.template).is_file():
             raise UserError(f"--template {args.template}: give chatml, alpaca, none or a .jinja file")
-        tokenizer.chat_template = Path(args.template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(args.template).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"--template {args.template}: not UTF-8")
     elif args.template is None and not tokenizer.chat_template:
         tokenizer.chat_template = ALPACA
         say("the tokenizer has no chat template: using the Alpaca layout, and saving it with the result (--template chooses)")
@@ -1139,11 +1154,13 @@ class Run:
 
     # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
     FREE = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
-            "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "adapter", "offload"}  # fmt: skip
+            "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
     def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, device: torch.device):
         self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, device
         self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
+        if self.total_steps == 0 and args.max_steps is None:
+            raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
         self.step = self.tokens = self.window_targets = 0  # the window is what came since the last logged step
         self.window_nll, self.unread, self.eval_loss, self.signal = 0.0, [], None, None
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
@@ -1285,11 +1302,11 @@ class Run:
         folder = self.checkpoints()[-1]
         try:
             damaged = [name for name, digest in json.loads((folder / "manifest.json").read_text()).items() if file_digest(folder / Path(name).name) != digest]
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"--resume: {folder} is damaged: {error}")
         if damaged:
             raise UserError(f"--resume: {folder / damaged[0]} is damaged: its checksum does not match")
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for name in self.identity.keys() | state["identity"].keys():
             was, now = state["identity"].get(name), self.identity.get(name)
             if was != now:

@@ -48,10 +48,10 @@ from transformers import AutoModelForCausalLM
 import common
 
 
-def make_optimizer(groups, args, device):
+def make_optimizer(groups, args):
     """AdamW over parameters or groups of them: PyTorch's, or bitsandbytes' with 8-bit (and paged) states."""
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
     import bitsandbytes  # loads CUDA libraries, so only where it is asked for
 
     kind = bitsandbytes.optim.AdamW8bit if args.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
@@ -77,13 +77,13 @@ def add_l2_sp(parameters, start, alpha: float) -> None:
         p.grad.add_(p.detach() - p0, alpha=2 * alpha)
 
 
-def step_in_backward(parameters, start, args, device) -> list:
+def step_in_backward(parameters, start, args) -> list:
     """One optimizer a parameter, which steps as soon as the parameter's gradient is complete and then frees it: never
     more than one gradient exists. So there is nothing to accumulate over micro-batches, and no global norm to clip."""
     optimizers = []
     for i, p in enumerate(parameters):
         decay = args.weight_decay if p.dim() >= 2 else 0.0
-        optimizer = make_optimizer([{"params": [p], "weight_decay": decay}], args, device)
+        optimizer = make_optimizer([{"params": [p], "weight_decay": decay}], args)
 
         def step(p, optimizer=optimizer, p0=start[i : i + 1]):
             if p0:
@@ -128,9 +128,9 @@ def train(args) -> None:
     parameters = list(model.parameters())
     start = [p.detach().clone() for p in parameters] if args.l2_sp else []  # w0
     if args.step_in_backward:
-        optimizers = step_in_backward(parameters, start, args, device)
+        optimizers = step_in_backward(parameters, start, args)
     else:
-        optimizers = [make_optimizer(common.decay_groups(model, args.weight_decay), args, device)]
+        optimizers = [make_optimizer(common.decay_groups(model, args.weight_decay), args)]
     run = common.Run(args, model, tokenizer, optimizers, corpus, evaluation, device)
     run.begin()
 

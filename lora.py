@@ -105,7 +105,7 @@ def train(args) -> None:
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, device)
     run.begin()
 
@@ -179,12 +179,14 @@ def merge_lora(model) -> None:
 
 def how_to_use(args) -> None:
     """The last lines of a run: where the adapter lies, and commands that use it as they stand."""
-    model = f"{args.output}/base" if args.model == "tiny" else args.model
+    model, merged = f"{args.output}/base" if args.model == "tiny" else args.model, f"{args.output}-merged"
+    ask = "[dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1]"
     common.say(f"""
 The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
-  python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import pipeline; m = M.from_pretrained('{args.output}'); print(pipeline('text-generation', m, tokenizer='{args.output}')([dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])"
-Merge it into its base, which then needs no PEFT:
-  python lora.py --model {model} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {args.output}-merged""")
+  python -c "import peft, transformers; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'); print(transformers.pipeline('text-generation', model, tokenizer='{args.output}')({ask})"
+Merge it into its base, and answer with that, which needs no PEFT:
+  python lora.py --model {model} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {merged}
+  python -c "import transformers; print(transformers.pipeline('text-generation', '{merged}/merged')({ask})\"""")
 
 
 def main(argv=None) -> None:

@@ -194,7 +194,6 @@ def test_preference_and_ranking_rows_give_prompt_answers_best_first_and_margin(r
         {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": math.nan},
         {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": math.inf},
         {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 10**400},  # json reads it, no float can hold it
-        ["prompt", "chosen", "rejected"],
     ],
 )
 def test_a_wrong_preference_row_is_refused_with_its_place(row):
@@ -207,7 +206,7 @@ def test_a_prompts_only_row_is_a_string_or_a_conversation_that_ends_with_the_use
     assert common.parse_prompt({"prompt": TALK[:3]}, "x") == TALK[:3]
     assert common.parse_prompt({"messages": [S | {"content": "s"}, PAIR[0]]}, "x") == [S | {"content": "s"}, PAIR[0]]
     assert common.parse_prompt({"conversations": [{"from": "human", "value": "q"}]}, "x") == PAIR[:1]
-    for row in ({"messages": PAIR}, {"prompt": None}, {"text": "q"}, "q"):
+    for row in ({"messages": PAIR}, {"prompt": None}, {"text": "q"}):
         with pytest.raises(common.UserError, match="^prompts.jsonl:3: "):
             common.parse_prompt(row, "prompts.jsonl:3")
 
@@ -426,14 +425,14 @@ def test_a_bad_weight_or_a_missing_path_names_the_argument(weight, tmp_path):
 
 @pytest.mark.parametrize("data", ["/nowhere/a.jsonl", "./nowhere", "nowhere.parquet", "no-such/name", "~/a.csv"])
 def test_a_missing_file_is_refused(data, tmp_path):
-    assert f"--data {data}: no such file" in refused(tmp_path, data)
+    assert f"{data}: no such file" in refused(tmp_path, data)
 
 
 def test_a_file_of_another_kind_and_a_folder_without_data_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.txt").write_text("text")
     for name in ("empty", "rows.txt"):
-        assert f"--data {tmp_path / name}: not a .jsonl" in refused(tmp_path, tmp_path / name)
+        assert f"{tmp_path / name}: not a .jsonl" in refused(tmp_path, tmp_path / name)
 
 
 @pytest.mark.parametrize(

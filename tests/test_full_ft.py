@@ -169,7 +169,7 @@ def torchrun(ranks: int, *args) -> subprocess.CompletedProcess:
     return subprocess.run([*launch, *map(str, args)], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-SHARDED = ["--max-steps", "3", "--eval-fraction", "0.2", "--samples", "1", "--lr", "0.0002", "--max-length", "128", "--l2-sp", "0.01", "--log-every", "1"]
+SHARDED = ["--max-steps", "3", "--eval-fraction", "0.2", "--samples", "1", "--lr", "0.00005", "--max-length", "128", "--l2-sp", "0.01", "--log-every", "1"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--offload"], ["--gradient-checkpointing", "--no-packing"]])

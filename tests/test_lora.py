@@ -244,7 +244,7 @@ def test_as_a_newcomer_runs_it(tmp_path):
     assert metrics[-1]["done"] is True
 
     commands = re.findall(r"^  (python .*)$", run.stdout, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         words = [sys.executable, *shlex.split(command)[1:]]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
