@@ -504,8 +504,9 @@ class Corpus:
     sources: (documents, mixing weight) of each source. rows_per_step: batch_size * grad_accum * number of ranks.
     """
 
-    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int):
-        self.table, self.sources, self.args, self.pad_id = table.with_format("numpy"), sources, args, pad_id
+    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int, device=torch.device("cpu")):
+        self.table, self.sources, self.args = table.with_format("numpy"), sources, args
+        self.pad_id, self.device = pad_id, device
         self.lengths, self.targets = (table.data.column(name).to_numpy() for name in ("length", "targets"))
         self.rows_per_step = args.batch_size * args.grad_accum * world_size()
         self.cached_rows = {}
@@ -559,7 +560,7 @@ class Corpus:
             yield batch
 
     def collate(self, rows: list[list[int]]) -> dict:
-        """Rows -> one micro-batch for `target_logps`.
+        """Rows -> one micro-batch for `target_logps`, on the device.
 
         Packed: all documents end to end in one row, input_ids and position_ids (1, T), positions restarting at 0 in each;
             documents = (lengths, cumulative lengths (D + 1,) int32, longest). Nothing is padded.
@@ -573,17 +574,20 @@ class Corpus:
         width = max(lengths)
         starts = np.cumsum([0, *lengths[:-1]]) if self.args.packing else width * np.arange(len(ids))
         index = [start + np.flatnonzero(mark) - 1 for start, mark in zip(starts, marks)]
-        batch = {"targets": torch.from_numpy(np.concatenate([x[mark] for x, mark in zip(ids, marks)])),
-                 "target_index": torch.from_numpy(np.concatenate(index))}  # fmt: skip
+        flat = torch.from_numpy(np.concatenate(ids))
+        batch = {"targets": flat[torch.from_numpy(np.concatenate(marks))], "target_index": torch.from_numpy(np.concatenate(index))}
         if self.args.packing:
-            batch["input_ids"] = torch.from_numpy(np.concatenate(ids))[None]
-            batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-            batch["documents"] = (lengths, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), width)
+            cumulative = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+            batch |= {"input_ids": flat[None], "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
+            batch["documents"] = (lengths, self.place(cumulative), width)
         else:
             real = torch.arange(width) < torch.tensor(lengths)[:, None]  # (B, T)
-            batch["input_ids"] = torch.full(real.shape, self.pad_id).masked_scatter(real, torch.from_numpy(np.concatenate(ids)))
-            batch["attention_mask"] = real.long()
-        return batch
+            batch |= {"input_ids": torch.full(real.shape, self.pad_id).masked_scatter(real, flat), "attention_mask": real.long()}
+        return {name: self.place(x) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device; on CUDA from pinned memory, so that the host does not wait for the copy."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def show(self, tokenizer) -> None:
         """Print the first micro-batch: every document, a line for each run of context or target tokens."""
@@ -600,7 +604,7 @@ class Corpus:
                 print(f"{'TARGET ' if marks[first] else 'context'} {last - first:4d}  {'|'.join(tokens)!r}")
 
 
-def load_data(args, tokenizer, vocab_size: int) -> tuple[Corpus, Corpus | None]:
+def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu")) -> tuple[Corpus, Corpus | None]:
     """--data and --eval-data -> (training corpus, held-out corpus or None). Says what was kept, cut and dropped."""
     sources = [parse_source(text) for text in args.data] + [(path, 1.0) for path in args.eval_data or []]
     tables = []
@@ -627,7 +631,7 @@ def load_data(args, tokenizer, vocab_size: int) -> tuple[Corpus, Corpus | None]:
     def corpus(chosen: np.ndarray, weights: list[float]) -> Corpus | None:
         parts = [(first + np.flatnonzero(chosen[first:last]), weight) for (first, last), weight in zip(spans, weights)]
         parts = [(documents, weight) for documents, weight in parts if len(documents)]
-        return Corpus(table, parts, args, tokenizer.pad_token_id) if parts else None
+        return Corpus(table, parts, args, tokenizer.pad_token_id, device) if parts else None
 
     train, evaluation = corpus(usable & ~held_out, [weight for _, weight in sources]), corpus(usable & held_out, [1.0] * len(sources))
     if train is None:
@@ -635,17 +639,6 @@ def load_data(args, tokenizer, vocab_size: int) -> tuple[Corpus, Corpus | None]:
     if evaluation is None:
         say("no held-out rows: training without evaluation")
     return train, evaluation
-
-
-def to_device(value, device: torch.device):
-    """A batch to the device; from pinned memory on CUDA, so that the host does not wait for the copy."""
-    if isinstance(value, dict):
-        return {name: to_device(item, device) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
-    if not isinstance(value, torch.Tensor) or device.type == "cpu":
-        return value
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 # --------------------------------------------------------------------------------------------------------- 5. Model
@@ -813,6 +806,8 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
         raise NotImplementedError(f"document attention does not know {unknown or 'this mask'}")
     lengths, cumulative, longest = documents
     window = sliding_window if sliding_window is not None and sliding_window < longest else None  # itself and window - 1 before
+    if torch.is_autocast_enabled(query.device.type):  # rotary embedding has made queries and keys float32 again
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if query.is_cuda and query.dtype != torch.float32 and not dropout:
         gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13, not 2.11
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, T, head_dim) -> (T, H, head_dim)
@@ -1081,12 +1076,12 @@ def evaluating(model):
         model.train(was_training)
 
 
-def mean_nll(model, corpus: Corpus, device) -> float:
+def mean_nll(model, corpus: Corpus) -> float:
     """Negative log-likelihood of a corpus, mean over all its target tokens, in nats."""
     nll, count = 0.0, 0
     with evaluating(model):
         for batch in corpus.deal(corpus.rows()):
-            logps = model.target_logps(**to_device(batch, device))
+            logps = model.target_logps(**batch)
             nll, count = nll - logps.double().sum().item(), count + len(logps)
     return over_ranks(nll) / over_ranks(count)
 
@@ -1109,7 +1104,7 @@ def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens:
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
-def samples(model, tokenizer, corpus: Corpus, device) -> list[tuple[str, str, str]]:
+def samples(model, tokenizer, corpus: Corpus) -> list[tuple[str, str, str]]:
     """(prompt, the model's answer, the answer in the data) of the first --samples documents; raw text is continued from
     its middle."""
     prompts, references = [], []
@@ -1119,7 +1114,7 @@ def samples(model, tokenizer, corpus: Corpus, device) -> list[tuple[str, str, st
         start = int(starts[-1]) if starts[-1] > 1 else len(ids) // 2
         prompts.append(ids[:start])
         references.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
-    answers = generate(model, tokenizer, prompts, device) if prompts else []
+    answers = generate(model, tokenizer, prompts, corpus.device) if prompts else []
     return [(tokenizer.decode(p, skip_special_tokens=True), a, r) for p, a, r in zip(prompts, answers, references)]
 
 
@@ -1156,8 +1151,8 @@ class Run:
     FREE = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
             "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
-    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, device: torch.device):
-        self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, device
+    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None):
+        self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, corpus.device
         self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
         if self.total_steps == 0 and args.max_steps is None:
             raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
@@ -1212,13 +1207,13 @@ class Run:
         """Held-out loss and samples before the first step; from here on the clock runs."""
         if self.step == 0:
             self.evaluate()
-            self.before = samples(self.model, self.tokenizer, self.evaluation or self.corpus, self.device)
+            self.before = samples(self.model, self.tokenizer, self.evaluation or self.corpus)
         self.model.train()
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def evaluate(self) -> None:
         if self.evaluation is not None:
-            self.eval_loss = mean_nll(self.model, self.evaluation, self.device)
+            self.eval_loss = mean_nll(self.model, self.evaluation)
             self.write(step=self.step, eval_loss=self.eval_loss, perplexity=math.exp(min(self.eval_loss, 700)))
             say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
 
@@ -1331,7 +1326,7 @@ class Run:
 
     def show_samples(self) -> None:
         """Held-out prompts with the answers before and after training (after a --resume: only after), and the data's."""
-        for n, (prompt, answer, reference) in enumerate(samples(self.model, self.tokenizer, self.evaluation or self.corpus, self.device)):
+        for n, (prompt, answer, reference) in enumerate(samples(self.model, self.tokenizer, self.evaluation or self.corpus)):
             before = f"--- before ---\n{self.before[n][1].strip()}\n" if self.before else ""
             say(f"\n--- held-out prompt {n + 1} ---\n{prompt.strip()}\n{before}--- after ---\n{answer.strip()}\n--- data ---\n{reference.strip()}")
 

@@ -16,8 +16,8 @@ so what there is to learn is where N numbers of each kind lie, and in what preci
     --pure-bfloat16                    2          2          4          8       small updates vanish: see below
       with both of the above           2         (2)         2          4       the least that trains every parameter
 
-Why float32 masters? bfloat16 keeps 8 significant bits, so w + u == w wherever |u| < |w| / 512 or so. At lr 1e-5 more than
-nine in ten updates of a pretrained model are smaller than that and are lost; --pure-bfloat16 accepts it for the memory.
+Why float32 masters? bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about |w| / 512: add 1e-5 to every
+weight of SmolLM2-135M in bfloat16, and 98 % of them do not change. --pure-bfloat16 accepts that for the memory.
 
 Against forgetting: --l2-sp ALPHA adds ALPHA ||w - w0||^2 (Li et al. 2018, arXiv 1802.01483, without their factor 1/2 and
 without a term for new layers, as there are none), which pulls towards the pretrained w0; and replay mixes general rows
@@ -29,7 +29,9 @@ Questions people ask
   What is saved?     The weights in the precision they were computed in. float32 masters stay in checkpoint/.
   Which rate?        1e-5, a twentieth of LoRA's: each step moves all weights, not a small product of rank r.
 
-    python full_ft.py                                                   # a tiny random model, bundled rows, a minute
+Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.797 (README, Results).
+
+    python full_ft.py --lr 1e-3                                         # a tiny random model, bundled rows, a minute
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
     torchrun --nproc-per-node 8 full_ft.py --model BASE --data train.jsonl --gradient-checkpointing
 """
@@ -114,10 +116,11 @@ def train(args) -> None:
     if sharded and not dist.is_initialized():  # --offload on one device is FSDP2 with one rank
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
     if args.inspect:
         return corpus.show(tokenizer)
-    model = common.load_model(args, dtype, device, weights=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
+    place = torch.device("cpu") if sharded else device  # sharding takes a block at a time to the GPU: the whole may not fit
+    model = common.load_model(args, dtype, place, weights=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
     common.checkpoint_blocks(model, args)
     if sharded:
         shard(model, dtype, args.offload, device)
@@ -131,7 +134,7 @@ def train(args) -> None:
         optimizers = step_in_backward(parameters, start, args)
     else:
         optimizers = [make_optimizer(common.decay_groups(model, args.weight_decay), args)]
-    run = common.Run(args, model, tokenizer, optimizers, corpus, evaluation, device)
+    run = common.Run(args, model, tokenizer, optimizers, corpus, evaluation)
     run.begin()
 
     for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
@@ -140,7 +143,7 @@ def train(args) -> None:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**common.to_device(batch, device)).sum()
+            batch_nll = -model.target_logps(**batch).sum()
             (batch_nll * common.world_size() / targets).backward()  # targets counts the whole step's, over all ranks
             nll += batch_nll.detach()
         grad_norm = None

@@ -24,6 +24,8 @@ Questions people ask
   Merge or keep apart?   Merged (--merge) costs nothing at inference. s B A is added in float32 and rounded once;
                          subtracting it again would not give the base back, so keep the adapter.
 
+Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.967 (README, Results).
+
     python lora.py                                                     # a tiny random model, bundled rows, a minute
     python lora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
     python lora.py --model BASE --adapter runs/lora --max-steps 0 --merge   # merge an adapter, train nothing
@@ -91,7 +93,7 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 def train(args) -> None:
     device, dtype = common.setup(args)
     tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
     if args.inspect:
         return corpus.show(tokenizer)
     model = common.load_model(args, dtype, device)
@@ -106,7 +108,7 @@ def train(args) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = common.decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, device)
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
 
     for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
@@ -115,7 +117,7 @@ def train(args) -> None:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**common.to_device(batch, device)).sum()
+            batch_nll = -model.target_logps(**batch).sum()
             (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
             nll += batch_nll.detach()
         if run.step == 0:

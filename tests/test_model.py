@@ -51,7 +51,7 @@ def packed_batch(lengths, vocab_size=160, device="cpu"):
     index = torch.arange(sum(lengths))[~is_first] - 1
     batch = {"input_ids": ids, "targets": ids[0, index + 1], "target_index": index}
     batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
-    return common.to_device(batch, torch.device(device)) | {"documents": (lengths, starts.to(torch.int32).to(device), max(lengths))}
+    return {name: x.to(device) for name, x in batch.items()} | {"documents": (lengths, starts.to(torch.int32).to(device), max(lengths))}
 
 
 def own_logps(model, lengths, ids):
