@@ -782,6 +782,19 @@ def checkpoint_blocks(model, args) -> None:
             block.gradient_checkpointing = False
 
 
+def linear_layers(model, targets: str) -> dict[str, torch.nn.Linear]:
+    """The layers an adapter goes on, by name. targets: "all-linear" is every nn.Linear but the output head; else names with
+    commas between them, and a layer matches whose name is one of them or ends with "." and one, as in PEFT."""
+    head = model.get_output_embeddings()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head}
+    endings = tuple("." + target for target in targets.split(","))
+    chosen = {name: layer for name, layer in layers.items() if targets == "all-linear" or f".{name}".endswith(endings)}
+    if not chosen:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "no nn.Linear (GPT-2's Conv1D is none)"
+        raise UserError(f"--targets {targets} matches no linear layer; this model has {known}")
+    return chosen
+
+
 def count_parameters(model) -> tuple[int, int]:
     """(trainable, total)"""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
@@ -1027,6 +1040,28 @@ def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, to
     elif config["base_fingerprint"] != model.base_fingerprint:
         raise UserError(f"--adapter {folder} was trained on another base than --model: on {config.get('base_model_name_or_path')}")
     return config, tensors
+
+
+@torch.no_grad()
+def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], folder: str) -> None:
+    """Copy an adapter's tensors into the model's own, under PEFT's names. Every one must be there, and no other."""
+    odd = own.keys() ^ tensors.keys() or {name for name in own if own[name].shape != tensors[name].shape}
+    if odd:
+        raise UserError(f"--adapter {folder} does not fit this model: {min(odd)} is missing, too much, or of another shape")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def say_how_to_use(script: str, args) -> None:
+    """The last lines of a run that made an adapter: where it lies, and commands that use it as they stand."""
+    base, merged = f"{args.output}/base" if args.model == "tiny" else args.model, f"{args.output}-merged"
+    ask = "[dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])"
+    say(f"""
+The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
+  python -c "import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'); print(t.pipeline('text-generation', model, tokenizer='{args.output}')({ask}"
+Merge it into its base, and answer with that, which needs no PEFT:
+  python {script} --model {base} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {merged}
+  python -c "import transformers as t; print(t.pipeline('text-generation', '{merged}/merged')({ask}\"""")
 
 
 # ------------------------------------------------------------------------------------------------------- 9. The run

@@ -67,27 +67,24 @@ class LoRALinear(nn.Module):
         return self.base
 
 
-def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> list[str]:
-    """Freeze the model and put a LoRALinear around every target. -> names of the adapted layers.
-
-    targets: "all-linear" is every nn.Linear of the model but its output head; else comma-separated names, each
-    matching a layer whose name is it or ends with "." + it, as in PEFT. UserError where nothing matches.
-    """
+def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
     model.requires_grad_(False)
-    head = model.get_output_embeddings()
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not head}
-    wanted = targets.split(",")
-    names = [name for name in layers if targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in wanted)]
-    if not names:
-        known = sorted({name.rpartition(".")[2] for name in layers}) or "no nn.Linear at all (GPT-2's Conv1D is none)"
-        raise common.UserError(f"--targets {targets} matches no linear layer; this model has {known}")
-    for name in names:
-        model.set_submodule(name, LoRALinear(layers[name], rank, alpha, dropout, rslora))
-    return names
+    for name, layer in common.linear_layers(model, targets).items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def adapter_tensors(model) -> dict[str, nn.Parameter]:
+    """What is trained, under the names that PEFT gives it."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+    return tensors
 
 
 def train(args) -> None:
@@ -133,62 +130,35 @@ def train(args) -> None:
         merge_lora(model)
         common.save_model(Path(args.output) / "merged", model, tokenizer)
     run.finish()
-    how_to_use(args)
+    common.say_how_to_use("lora.py", args)
 
 
 def save_lora(args, model, tokenizer) -> None:
     """The adapter in PEFT's form."""
-    layers = lora_layers(model)
-    first = next(iter(layers.values()))
-    rank = first.lora_A.shape[0]
     config = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": args.alpha, "use_rslora": args.rslora,
-        "lora_dropout": args.dropout, "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "bias": "none",
+        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": args.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in lora_layers(model)}), "bias": "none",
         "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
     }  # fmt: skip
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-    common.save_adapter(args, model, tokenizer, config, tensors)
+    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Rank, alpha and targets come from its own config."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    unknown = [key for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform") if config.get(key)]
-    if unknown or config.get("bias", "none") != "none":
-        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown) or 'bias'}, which this script does not train")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if unknown:
+        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
-    own = {}
-    for name, layer in lora_layers(model).items():
-        own[f"{prefix}{name}.lora_A.weight"], own[f"{prefix}{name}.lora_B.weight"] = layer.lora_A, layer.lora_B
-    if own.keys() != tensors.keys() or any(own[key].shape != tensors[key].shape for key in own):
-        odd = sorted(own.keys() ^ tensors.keys()) or [key for key in own if own[key].shape != tensors[key].shape]
-        raise common.UserError(f"--adapter {args.adapter} does not fit this model: {odd[0]}")
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            own[key].copy_(tensor)
+    common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
 
 
 def merge_lora(model) -> None:
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.merged())
-
-
-def how_to_use(args) -> None:
-    """The last lines of a run: where the adapter lies, and commands that use it as they stand."""
-    model, merged = f"{args.output}/base" if args.model == "tiny" else args.model, f"{args.output}-merged"
-    ask = "[dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1]"
-    common.say(f"""
-The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
-  python -c "import peft, transformers; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'); print(transformers.pipeline('text-generation', model, tokenizer='{args.output}')({ask})"
-Merge it into its base, and answer with that, which needs no PEFT:
-  python lora.py --model {model} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {merged}
-  python -c "import transformers; print(transformers.pipeline('text-generation', '{merged}/merged')({ask})\"""")
 
 
 def main(argv=None) -> None:
