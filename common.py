@@ -22,9 +22,9 @@ import inspect
 import json
 import math
 import os
-import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +32,7 @@ import sys
 import time
 import types
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -120,7 +121,8 @@ def launch(main, out_of_memory: str) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks find the same
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}", file=sys.stderr)
@@ -235,7 +237,7 @@ def open_source(name: str):
                 raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
             yield row, where
 
-    return "".join(f"{file} {file_digest(file)}" for file in files), rows
+    return "".join(file.suffix + file_digest(file) for file in files), rows
 
 
 def file_digest(path: Path) -> str:
@@ -474,13 +476,14 @@ def end_of_turn(tokenizer) -> int:
 # ------------------------------------------------------------------------------------------------------- 4. Batches
 
 
-def tokenize_source(name: str, tokenizer, args, vocab_size: int) -> datasets.Dataset:
-    """Tokenise a source into a memory-mapped table in the Hugging Face cache. Its key holds the content of the files, the
-    tokenizer, the settings and this file's code: what has changed is never served from the cache."""
+def tokenize_source(name: str, tokenizer, args, vocab_size: int) -> tuple[datasets.Dataset, str]:
+    """Tokenise a source into a memory-mapped table in the Hugging Face cache -> (table, digest of content, tokenizer and
+    settings). The cache's key holds that digest and this file's code: what has changed is never served from the cache."""
     content, rows = open_source(name)
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = [content, backend, tokenizer.chat_template, tokenizer.special_tokens_map, args.max_length, args.system, args.template, vocab_size]
-    key = hashlib.sha256(json.dumps(settings, default=str).encode() + Path(__file__).read_bytes()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
+    key = hashlib.sha256(digest.encode() + Path(__file__).read_bytes()).hexdigest()[:32]
 
     def records():
         row = None
@@ -492,7 +495,7 @@ def tokenize_source(name: str, tokenizer, args, vocab_size: int) -> datasets.Dat
     columns = {"input_ids": datasets.List(datasets.Value("int32")), "is_target": datasets.List(datasets.Value("bool"))}
     columns |= {column: datasets.Value("int64") for column in ("prompt", "length", "targets", "status")}
     try:
-        return datasets.Dataset.from_generator(records, features=datasets.Features(columns), fingerprint=key)
+        return datasets.Dataset.from_generator(records, features=datasets.Features(columns), fingerprint=key), digest
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, (UserError, OSError)) else error
 
@@ -504,8 +507,8 @@ class Corpus:
     sources: (documents, mixing weight) of each source. rows_per_step: batch_size * grad_accum * number of ranks.
     """
 
-    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int, device=torch.device("cpu")):
-        self.table, self.sources, self.args = table.with_format("numpy"), sources, args
+    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int, device=torch.device("cpu"), digests=()):
+        self.table, self.sources, self.args, self.digests = table.with_format("numpy"), sources, args, digests
         self.pad_id, self.device = pad_id, device
         self.lengths, self.targets = (table.data.column(name).to_numpy() for name in ("length", "targets"))
         self.rows_per_step = args.batch_size * args.grad_accum * world_size()
@@ -607,13 +610,12 @@ class Corpus:
 def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu")) -> tuple[Corpus, Corpus | None]:
     """--data and --eval-data -> (training corpus, held-out corpus or None). Says what was kept, cut and dropped."""
     sources = [parse_source(text) for text in args.data] + [(path, 1.0) for path in args.eval_data or []]
-    tables = []
     for turn in range(2):  # under torchrun rank 0 tokenises first, the others then find it in the cache
         if (rank() == 0) == (turn == 0):
-            tables = [tokenize_source(name, tokenizer, args, vocab_size) for name, _ in sources]
+            tables, digests = zip(*[tokenize_source(name, tokenizer, args, vocab_size) for name, _ in sources])
         if world_size() > 1:
             dist.barrier()
-    table = datasets.concatenate_datasets(tables)
+    table = datasets.concatenate_datasets(list(tables))
     prompts, lengths, targets, status = (table.data.column(x).to_numpy() for x in ("prompt", "length", "targets", "status"))
     bounds = np.cumsum([0, *map(len, tables)])
     spans = list(zip(bounds, bounds[1:]))
@@ -631,7 +633,7 @@ def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu")) -> t
     def corpus(chosen: np.ndarray, weights: list[float]) -> Corpus | None:
         parts = [(first + np.flatnonzero(chosen[first:last]), weight) for (first, last), weight in zip(spans, weights)]
         parts = [(documents, weight) for documents, weight in parts if len(documents)]
-        return Corpus(table, parts, args, tokenizer.pad_token_id, device) if parts else None
+        return Corpus(table, parts, args, tokenizer.pad_token_id, device, digests) if parts else None
 
     train, evaluation = corpus(usable & ~held_out, [weight for _, weight in sources]), corpus(usable & held_out, [1.0] * len(sources))
     if train is None:
@@ -672,9 +674,8 @@ def setup(args, distributed: bool = False) -> tuple[torch.device, torch.dtype]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+        # hours, because the others wait while rank 0 tokenises, and while it writes a checkpoint
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     torch.manual_seed(args.seed)
     args.gradient_checkpointing |= args.checkpoint_blocks is not None
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "mps"
@@ -740,19 +741,22 @@ def load_tokenizer(args):
     return tokenizer, vocab_size
 
 
-def load_model(args, dtype: torch.dtype, device: torch.device, weights: torch.dtype | None = None) -> torch.nn.Module:
-    """A causal LM that computes in dtype and keeps its weights in `weights` (dtype, if not given), on the device, with
+def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """A causal LM that computes in dtype and keeps its weights in weight_dtype (dtype, if not given), on the device, with
     `model.target_logps` bound to it (section 7). What sections 6 and 7 assume of a model is checked here, by trying."""
-    weights = weights or dtype
+    weight_dtype = weight_dtype or dtype
     if args.model == "tiny":
-        model = tiny_model().to(weights)
+        model = tiny_model().to(weight_dtype)
     else:  # safetensors only: a pickle can run code while it loads
-        model = from_hub(transformers.AutoModelForCausalLM, args, dtype=weights, use_safetensors=True)
+        model = from_hub(transformers.AutoModelForCausalLM, args, dtype=weight_dtype, use_safetensors=True)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and args.max_length > longest:
+        raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     model.to(device)
     # a bound method, because FSDP2 gathers weights only around methods it knows (register_fsdp_forward_method)
     model.target_logps = types.MethodType(target_logps, model)
     model.padded_attention, model.base_fingerprint = model.config._attn_implementation, fingerprint(model)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != weights):
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != weight_dtype):
         if args.packing:
             choose_packed_attention(model, exact=dtype == torch.float32)
         check_head(model, exact=dtype == torch.float32)
@@ -770,7 +774,10 @@ def fingerprint(model) -> str:
 
 def blocks(model) -> list[torch.nn.Module]:
     """The decoder blocks, in order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        raise UserError(f"{type(model).__name__} has no blocks that transformers can recompute or shard one by one")
+    return found
 
 
 def checkpoint_blocks(model, args) -> None:
@@ -793,6 +800,15 @@ def linear_layers(model, targets: str) -> dict[str, torch.nn.Linear]:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "no nn.Linear (GPT-2's Conv1D is none)"
         raise UserError(f"--targets {targets} matches no linear layer; this model has {known}")
     return chosen
+
+
+def short_names(model, adapted: list[str]) -> list[str]:
+    """target_modules for PEFT: the last parts of the adapted layers' names, or whole names where another linear layer that is
+    not adapted has the same last part."""
+    last = {name.rpartition(".")[2] for name in adapted}
+    inside = tuple(f"{name}." for name in adapted)
+    others = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and not name.startswith(inside)]
+    return sorted(adapted if any(name.rpartition(".")[2] in last for name in others) else last)
 
 
 def count_parameters(model) -> tuple[int, int]:
@@ -871,6 +887,8 @@ def choose_packed_attention(model, exact: bool) -> None:
         model.set_attn_implementation(implementation)
         try:
             packed = hidden(input_ids=ids, position_ids=positions, **extra)
+        except torch.OutOfMemoryError:
+            raise
         except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError):
             continue
         # the mean, because in bfloat16 single values differ by some per cent between the two shapes
@@ -890,7 +908,7 @@ def choose_packed_attention(model, exact: bool) -> None:
 # logits are computed once, and never more than a chunk of them exists. Only if W itself is trained (full fine-tuning) does
 # the backward pass compute them again, since W's gradient mixes all positions.
 
-LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits: 128 MiB in float32
+LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits: 128 MiB in float32, of which up to three exist at a time
 
 
 def head_logits(hidden, weight, bias, scale: float, softcap: float | None) -> torch.Tensor:
@@ -999,12 +1017,16 @@ def save_into(folder: Path, write) -> None:
         shutil.rmtree(temporary)
 
 
-def save_model(folder: Path, model, tokenizer, state_dict: dict | None = None) -> None:
+def save_model(folder: Path, model, tokenizer) -> None:
     """A Hugging Face folder: weights, config, tokenizer with its chat template, generation_config with the same eos."""
     stop = stop_ids(model, tokenizer)
     model.generation_config.update(eos_token_id=stop if len(stop) > 1 else stop[0], pad_token_id=tokenizer.pad_token_id)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # some bases set a temperature but forget do_sample, and would not be saved
+        model.generation_config.do_sample = True
     with attention(model, model.padded_attention):  # other programs do not know ours
-        save_into(folder, lambda path: (model.save_pretrained(path, state_dict=state_dict), tokenizer.save_pretrained(path)))
+        save_into(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
 
 
 def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -1054,13 +1076,18 @@ def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor],
 
 def say_how_to_use(script: str, args) -> None:
     """The last lines of a run that made an adapter: where it lies, and commands that use it as they stand."""
-    base, merged = f"{args.output}/base" if args.model == "tiny" else args.model, f"{args.output}-merged"
+    merged = f"{args.output}-merged"
+    again = ["python", script, "--model", f"{args.output}/base" if args.model == "tiny" else args.model, "--adapter", args.output]
+    again += ["--data", *args.data, "--max-steps", "0", "--merge", "--output", merged, *["--trust-remote-code"] * args.trust_remote_code]
+    if args.template:
+        again += ["--template", "none" if args.template == "none" else f"{args.output}/chat_template.jinja"]
     ask = "[dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])"
+    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}')"
     say(f"""
 The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
-  python -c "import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'); print(t.pipeline('text-generation', model, tokenizer='{args.output}')({ask}"
+  python -c "{load}; print(t.pipeline('text-generation', model, tokenizer='{args.output}')({ask}"
 Merge it into its base, and answer with that, which needs no PEFT:
-  python {script} --model {base} --adapter {args.output} --data {' '.join(args.data)} --max-steps 0 --merge --output {merged}
+  {shlex.join(again)}
   python -c "import transformers as t; print(t.pipeline('text-generation', '{merged}/merged')({ask}\"""")
 
 
@@ -1132,10 +1159,10 @@ def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens:
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    settings = transformers.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+    settings = transformers.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, use_cache=True,
                                              eos_token_id=stop_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     with evaluating(model), attention(model, model.padded_attention):
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=world_size() > 1)
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
@@ -1161,10 +1188,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def unsharded(value):
-    """A parameter or an optimizer state, gathered from all ranks if it is sharded, on the CPU."""
+    """A parameter or an optimizer state, gathered from all ranks if it is sharded; on the CPU, and on rank 0 alone."""
     if not isinstance(value, torch.Tensor):
         return value
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().contiguous()
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().cpu().contiguous() if rank() == 0 else None
 
 
 def sharded_like(p, value):
@@ -1183,7 +1211,7 @@ class Run:
     """
 
     # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
-    FREE = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
+    MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
             "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
     def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None):
@@ -1194,15 +1222,18 @@ class Run:
         self.step = self.tokens = self.window_targets = 0  # the window is what came since the last logged step
         self.window_nll, self.unread, self.eval_loss, self.signal = 0.0, [], None, None
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
-        documents = [corpus.table._fingerprint, [(len(part), weight) for part, weight in corpus.sources]]
+        documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
-        self.identity |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in self.FREE}
+        self.identity |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in self.MAY_DIFFER}
         self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
+        self.metrics = self.output / "metrics.jsonl"
+        if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text() if self.metrics.exists() else ""):
+            raise UserError(f"{self.output} holds a run that is not finished: --resume it, delete it, or choose another --output")
         resumed = args.resume and self.load_checkpoint()
         if rank() == 0:
             self.open_metrics(resumed)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.on_signal)
         self.started, self.before = time.perf_counter(), []
         self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=rank() != 0,
                         mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
@@ -1210,12 +1241,12 @@ class Run:
     def open_metrics(self, resumed: bool) -> None:
         """Begin metrics.jsonl; on --resume cut it back to the checkpoint, so that no step stands in it twice."""
         self.output.mkdir(parents=True, exist_ok=True)
-        self.metrics = self.output / "metrics.jsonl"
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if resumed and self.metrics.exists() else []
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         entries = [e for e in entries if "run" in e or "done" not in e and e["step"] <= self.step]
+        if not resumed:
+            shutil.rmtree(self.output / "checkpoint", ignore_errors=True)  # of a finished run: see __init__
         if not entries:
-            shutil.rmtree(self.output / "checkpoint", ignore_errors=True)
             trainable, parameters = count_parameters(self.model)
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
             entries = [{"run": {
@@ -1233,10 +1264,10 @@ class Run:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def on_signal(self, number: int, frame) -> None:
+    def on_signal(self, kind: int, frame) -> None:
         if self.signal is not None:  # asked twice: now
-            sys.exit(128 + number)
-        self.signal = number
+            sys.exit(128 + kind)
+        self.signal = kind
 
     def begin(self) -> None:
         """Held-out loss and samples before the first step; from here on the clock runs."""
@@ -1266,7 +1297,7 @@ class Run:
         log, evaluate, save = (last or self.step % n == 0 for n in (self.args.log_every, self.args.eval_every, self.args.save_every))
         if not (log or evaluate or save or self.signal):
             return
-        for value in torch.stack(self.unread).tolist():
+        for value in torch.stack(self.unread).tolist():  # one by one, so that a checkpoint inside a window changes no bit
             self.window_nll += over_ranks(value)
         self.unread, norm = [], None
         if grad_norm is not None:
@@ -1341,16 +1372,15 @@ class Run:
             was, now = state["identity"].get(name), self.identity.get(name)
             if was != now:
                 raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
-        weights = safetensors.torch.load_file(folder / "weights.safetensors")
-        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        with torch.no_grad():
+        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)  # read where it is used
+        with torch.no_grad(), safetensors.safe_open(folder / "weights.safetensors", "pt") as weights:
             for p, name in self.trained.items():
-                p.copy_(sharded_like(p, weights[name]))
+                p.copy_(sharded_like(p, weights.get_tensor(name)))
         for optimizer in self.optimizers:
-            entry, order = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
-            found = [(i, p, saved["optimizer"].get(self.trained[p])) for i, p in enumerate(order)]
-            entry["state"] = {i: {key: sharded_like(p, value) for key, value in state.items()} for i, p, state in found if state}
-            optimizer.load_state_dict(entry)
+            restored, order = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+            states = [(i, p, saved["optimizer"].get(self.trained[p])) for i, p in enumerate(order)]
+            restored["state"] = {i: {key: sharded_like(p, value) for key, value in state.items()} for i, p, state in states if state}
+            optimizer.load_state_dict(restored)
         torch.set_rng_state(saved["random"])
         if saved["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_random"])

@@ -7,14 +7,18 @@ The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101
 
 so what there is to learn is where N numbers of each kind lie, and in what precision (bytes a parameter):
 
-    mode                            weights   gradients   m and v   together    what it costs
-    float32 masters (default)          4          4          8         16       nothing; the computation is bfloat16 on CUDA
-      --optimizer adamw8bit            4          4          2         10       states rounded to 8 bits in blocks of 256
-      --step-in-backward               4         (4)         8         12       no accumulation, no global clipping
-    --offload                       host       host       host        ~0       a copy of each block to and from the GPU a step
-    torchrun, W ranks                4/W        4/W        8/W       16/W      communication (FSDP2 = ZeRO stage 3)
-    --pure-bfloat16                    2          2          4          8       small updates vanish: see below
-      with both of the above           2         (2)         2          4       the least that trains every parameter
+    mode                                weights   gradients   m and v   together   what it costs
+    float32 masters (default)              4          4          8         16      +2 between forward and backward on CUDA (bfloat16
+                                                                                   copies) without --gradient-checkpointing
+      --optimizer adamw8bit                4          4          2         10      states rounded to 8 bits in blocks of 256
+      --step-in-backward                   4         (4)         8         12      no accumulation, no global clipping
+    --offload                            host       host       host        ~0      each micro-batch sends every block to the GPU twice
+                                                                                   and its gradients back; AdamW runs on the CPU
+    torchrun, W ranks (FSDP2, ZeRO-3)     4/W        4/W        8/W       16/W     communication; plus one gathered block, embedding, head
+    --pure-bfloat16                        2          2          4          8      small updates vanish: see below
+      --optimizer adamw8bit
+      --step-in-backward                   2         (2)         2          4      the least that trains every parameter
+    --l2-sp adds w0: 4 (2 with --pure-bfloat16). (n): one parameter's gradient at a time.
 
 Why float32 masters? bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about |w| / 512: add 1e-5 to every
 weight of SmolLM2-135M in bfloat16, and 98 % of them do not change. --pure-bfloat16 accepts that for the memory.
@@ -27,7 +31,7 @@ Questions people ask
   Sum or mean?       The mean over the target tokens of the whole optimizer step, over micro-batches and ranks. FSDP2
                      averages gradients over ranks, so each rank multiplies its part by their number.
   What is saved?     The weights in the precision they were computed in. float32 masters stay in checkpoint/.
-  Which rate?        1e-5, a twentieth of LoRA's: each step moves all weights, not a small product of rank r.
+  Which rate?        1e-5 to 5e-5 are usual for pretrained models; LoRA takes ten times that. Measure yours.
 
 Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.797 (README, Results).
 
@@ -86,9 +90,9 @@ def step_in_backward(parameters, start, args) -> list:
         decay = args.weight_decay if p.dim() >= 2 else 0.0
         optimizer = make_optimizer([{"params": [p], "weight_decay": decay}], args)
 
-        def step(p, optimizer=optimizer, p0=start[i : i + 1]):
-            if p0:
-                add_l2_sp([p], p0, args.l2_sp)
+        def step(p, optimizer=optimizer, p0=start[i] if start else None):
+            if p0 is not None:
+                add_l2_sp([p], [p0], args.l2_sp)
             optimizer.step()
             p.grad = None
 
@@ -112,6 +116,8 @@ def train(args) -> None:
     device, dtype = common.setup(args, distributed=True)
     sharded = common.world_size() > 1 or args.offload
     check_flags(args, sharded)
+    if args.pure_bfloat16:
+        dtype = torch.bfloat16
     if sharded and not dist.is_initialized():  # --offload on one device is FSDP2 with one rank
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     tokenizer, vocab_size = common.load_tokenizer(args)
@@ -119,7 +125,7 @@ def train(args) -> None:
     if args.inspect:
         return corpus.show(tokenizer)
     place = torch.device("cpu") if sharded else device  # sharding takes a block at a time to the GPU: the whole may not fit
-    model = common.load_model(args, dtype, place, weights=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
+    model = common.load_model(args, dtype, place, weight_dtype=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
     common.checkpoint_blocks(model, args)
     if sharded:
         shard(model, dtype, args.offload, device)
@@ -154,6 +160,8 @@ def train(args) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             optimizers[0].step()
             optimizers[0].zero_grad()
+        elif run.step == 0 and not all(optimizer.state for optimizer in optimizers):
+            raise common.UserError("a trainable parameter got no gradient, and so made no step")
         run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
 
     run.show_samples()
@@ -170,7 +178,8 @@ def save(args, model, tokenizer, dtype: torch.dtype) -> None:
             fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=args.trust_remote_code)
         fresh.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
         fresh.tie_weights()
-        fresh.padded_attention = model.padded_attention
+        assert not any(p.is_meta for p in fresh.parameters())
+        fresh.padded_attention, fresh.generation_config = model.padded_attention, model.generation_config
         common.save_model(Path(args.output), fresh, tokenizer)
 
 

@@ -10,15 +10,17 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106
     r   --rank       s  scaling
 
 Choices and departures from the paper
-  - Every linear layer of the blocks is adapted, not only the attention's q and v: at the same number of parameters that
-    does better (QLoRA, section 4), and the output head never is. --targets q_proj,v_proj gives the paper's.
+  - Every linear layer of the blocks is adapted, not only the attention's q and v: adapting all of them is what it took to match
+    full fine-tuning (QLoRA, section 4). The output head never is. --targets q_proj,v_proj gives the paper's.
+  - A starts as in the authors' code (kaiming_uniform), not Gaussian as in the paper.
   - A and B stay float32 and are cast in the forward pass: AdamW's small updates would vanish in bfloat16.
   - Dropout is 0: with it each layer keeps a second copy of its input for the backward pass.
 
 Questions people ask
   Why is B zero?         Then B A = 0 and training starts from exactly the base model. With both zero, neither gets a
                          gradient; with both random, the base is disturbed before the first step.
-  Why alpha / r?         So that the learning rate need not change with the rank. Here alpha = 2 r.
+  Why alpha / r?         So that the learning rate need change less with the rank (for high ranks --rslora does it better).
+                         The defaults are r = 16 and alpha = 32.
   Sum or mean?           The loss is the mean over all target tokens of an optimizer step, across its micro-batches: 8x1,
                          4x2 and 1x8 give the same gradient. Targets are the assistant's tokens and the end-of-turn token.
   Merge or keep apart?   Merged (--merge) costs nothing at inference. s B A is added in float32 and rounded once;
@@ -137,7 +139,7 @@ def save_lora(args, model, tokenizer) -> None:
     """The adapter in PEFT's form."""
     config = {
         "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": args.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in lora_layers(model)}), "bias": "none",
+        "target_modules": common.short_names(model, list(lora_layers(model))), "bias": "none",
         "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
     }  # fmt: skip
     common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
@@ -148,6 +150,8 @@ def load_lora(model, args) -> None:
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
+        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
     if unknown:
         raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)

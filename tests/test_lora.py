@@ -149,6 +149,12 @@ def test_gradients_equal_pefts():
         torch.testing.assert_close(layers[name].lora_B.grad, other.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_single_layer_is_named_so_that_peft_adapts_it_alone(tmp_path):
+    folder = train(tmp_path, "--targets", "layers.0.self_attn.q_proj")
+    assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == ["model.layers.0.self_attn.q_proj"]
+    assert sum("lora_A" in name for name, _ in from_peft(folder).named_parameters()) == 1
+
+
 def test_an_adapter_of_pefts_own_is_taken_up(tmp_path, capsys):
     base = common.tiny_model()
     config = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -181,6 +187,7 @@ def damage(folder, **changes):
     ({"peft_type": "IA3"}, "not a LORA"),
     ({"use_dora": True}, "use_dora"),
     ({"bias": "all"}, "bias"),
+    ({"init_lora_weights": "pissa"}, "pissa"),
     ({"r": 8}, "does not fit"),
 ])  # fmt: skip
 def test_adapters_that_do_not_fit_are_refused(changes, match, tmp_path):

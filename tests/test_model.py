@@ -1,6 +1,7 @@
 """Log-probabilities, packed attention and model loading, against each architecture's own code and float64 closed forms."""
 
 import argparse
+import functools
 import math
 import types
 
@@ -288,6 +289,32 @@ def test_no_pickle_is_loaded(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(common.UserError, match="--model"):
         common.load_model(tiny_args("--model", str(tmp_path)), torch.float32, torch.device("cpu"))
+
+
+def test_more_positions_than_the_model_has_are_refused():
+    with pytest.raises(common.UserError, match="4096 positions"):
+        tiny("--max-length", "5000")
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_mended(tmp_path):
+    model = common.tiny_model()
+    model.padded_attention, model.generation_config.temperature = "sdpa", 0.7
+    common.save_model(tmp_path, model, common.tiny_tokenizer())
+    loaded = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert loaded.temperature == 0.7 and loaded.do_sample and loaded.eos_token_id == 257
+
+
+@pytest.mark.cuda
+def test_float32_masters_under_autocast_use_varlen_attention(monkeypatch):
+    """Rotary embedding makes queries float32 under autocast: they must be cast back, or the slow path is taken silently."""
+    calls, varlen_attn = [], common.varlen_attn
+    counted = functools.wraps(varlen_attn)(lambda *args, **options: calls.append(1) or varlen_attn(*args, **options))
+    monkeypatch.setattr(common, "varlen_attn", counted)
+    model = build("llama", head_dim=64).to("cuda")
+    model.set_attn_implementation("documents")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        model.target_logps(**packed_batch([70, 30], device="cuda")).sum().backward()
+    assert len(calls) == 2
 
 
 @pytest.mark.cuda

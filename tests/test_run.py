@@ -146,6 +146,32 @@ def test_resuming_with_other_data_or_another_model_is_refused(tmp_path):
         lora.main([*arguments, "--model", str(tmp_path / "other")])
 
 
+def test_an_unfinished_run_is_not_overwritten(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 7)
+        lora.main(flags(tmp_path, "run"))
+    with pytest.raises(common.UserError, match="not finished: --resume it"):
+        lora.main(flags(tmp_path, "run"))
+    lora.main(flags(tmp_path, "run", "--resume"))
+    lora.main(flags(tmp_path, "run"))  # a finished one is
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-00000012"]
+
+
+def test_a_lost_metrics_file_loses_no_checkpoint(tmp_path):
+    folder = finished(tmp_path)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    lora.main(flags(tmp_path, "run", "--resume"))
+    assert folder.exists() and "run" in read_metrics(tmp_path / "run")[0]
+
+
+def test_the_same_data_by_another_path_resumes(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    arguments = flags(tmp_path, "run", "--resume")
+    arguments[arguments.index("--data") + 1] = write_rows(tmp_path / "elsewhere" / "same.jsonl", ROWS)
+    lora.main(arguments)
+
+
 def test_resuming_a_finished_run_trains_nothing(tmp_path):
     finished(tmp_path)
     before = read_metrics(tmp_path / "run")
