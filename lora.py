@@ -110,6 +110,7 @@ def train(args) -> None:
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
 
+    # --- training loop ---
     for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
@@ -125,6 +126,7 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
+    # --- end ---
 
     run.show_samples()
     save_lora(args, model, tokenizer)

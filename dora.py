@@ -1,0 +1,222 @@
+"""DoRA: split each frozen weight into magnitude and direction, train the magnitude, and the direction through LoRA.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), equations 5 and 11:
+
+    W' = m * V / ||V||       V = W0 + s B A        ||V|| is the norm of each output row, a constant for the gradient
+    y  = (m / ||V||) * (W0 x + s B A x) + bias     what is computed: W' and V never exist
+
+    W0  base.weight  (out, in)   frozen                        m  magnitude  (out,)      float32, starts at ||W0||
+    A   lora_A       (r, in)     float32, as in lora.py        B  lora_B     (out, r)    float32, zero
+    s = alpha / r
+
+The norm without V, by (a + b)^2 = a^2 + 2 a b + b^2 on every row i:
+
+    ||V_i||^2 = ||W0_i||^2 + 2 s (W0 A^T)_i . B_i + s^2 B_i (A A^T) . B_i
+
+W0 A^T is (out, r) and A A^T (r, r): as much work as sending r tokens through the layer, and no (out, in) tensor. ||W0||^2 is
+computed once.
+
+Choices and departures from the paper
+  - ||V|| is detached from the graph (section 4.3 of the paper): the same forward pass, less memory, another gradient.
+  - The bias is not scaled: it is no part of W.
+  - Every linear layer of the blocks is adapted but never the output head, and the rate is LoRA's.
+
+Questions people ask
+  What does it buy?      Over LoRA of the same rank r + 1 numbers more an output row: m. Full fine-tuning changes magnitude and
+                         direction independently; LoRA's updates tie the two together. It costs time: see the README.
+  Is it free after merging?   Yes: --merge writes W' and the model is an ordinary one.
+  Why is m not 1?        It would make W' = V / ||V|| at the start, not W0.
+
+    python dora.py                                                     # a tiny random model, bundled rows, a minute
+    python dora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
+    python dora.py --model BASE --adapter runs/dora --max-steps 0 --merge   # merge an adapter, train nothing
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+class ScaleRows(torch.autograd.Function):
+    """out = (m / ||V||) * y, in place on y (..., out). m and ||V|| (out,) float32.
+
+    d out / d m = y / ||V|| = out / m, so only out is kept for the backward pass, which the next operation often keeps anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, y, magnitude, norm):
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y.mul_(magnitude / norm), magnitude, norm)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        out, magnitude, norm = ctx.saved_tensors
+        products = (grad * out).flatten(0, -2).sum(0, dtype=torch.float32)
+        grad_magnitude = torch.where(magnitude == 0, 0, products / magnitude)  # a row that is zero stays zero
+        return (grad * (magnitude / norm)).to(grad.dtype), grad_magnitude, None
+
+
+class DoRALinear(nn.Module):
+    """A frozen nn.Linear whose rows train in magnitude, and in direction by a low-rank update. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        weight = base.weight
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_buffer("base_norm", row_norms(weight), persistent=False)  # ||W0||, (out,)
+        self.magnitude = nn.Parameter(self.base_norm.clone())  # m
+
+    @torch.no_grad()  # ||V|| is a constant for the gradient
+    def direction_norm(self) -> torch.Tensor:
+        """||V|| of every output row, (out,) float32, from ||W0||^2, W0 A^T and r x r products."""
+        A, B, s = self.lora_A, self.lora_B, self.scaling
+        cross = F.linear(self.base.weight, A.to(self.base.weight.dtype)).float() * B  # rows of W0 A^T times rows of B: (out, r)
+        square = (B @ (A @ A.T)) * B  # (out, r)
+        return (self.base_norm**2 + (2 * s * cross + s**2 * square).sum(1)).clamp(min=1e-12).sqrt()
+
+    def forward(self, x):
+        y = F.linear(x, self.base.weight)  # W0 x, without the bias
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # A x: (..., in) -> (..., r)
+        flat = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.to(x.dtype).T, alpha=self.scaling)
+        y = ScaleRows.apply(flat.view_as(y), self.magnitude, self.direction_norm())
+        return y if self.base.bias is None else y + self.base.bias
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base layer with W' = m V / ||V|| for its weight, in float32 and rounded once."""
+        V = self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
+        self.base.weight.copy_(self.magnitude[:, None] * V / row_norms(V)[:, None])
+        return self.base
+
+
+def row_norms(weight) -> torch.Tensor:
+    """(out, in) -> (out,) float32."""
+    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32)
+
+
+def add_dora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Freeze the model and put a DoRALinear around every target (see `common.linear_layers`)."""
+    model.requires_grad_(False)
+    for name, layer in common.linear_layers(model, targets).items():
+        model.set_submodule(name, DoRALinear(layer, rank, alpha, dropout))
+
+
+def dora_layers(model) -> dict[str, DoRALinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DoRALinear)}
+
+
+def adapter_tensors(model) -> dict[str, nn.Parameter]:
+    """What is trained, under the names that PEFT gives it."""
+    tensors = {}
+    for name, layer in dora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = layer.magnitude  # (out,)
+    return tensors
+
+
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
+    if args.inspect:
+        return corpus.show(tokenizer)
+    model = common.load_model(args, dtype, device)
+    if args.adapter:
+        load_dora(model, args)
+    else:
+        add_dora(model, args.targets, args.rank, args.alpha, args.dropout)
+    common.checkpoint_blocks(model, args)
+    trainable, total = common.count_parameters(model)
+    common.say(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), in {len(dora_layers(model))} layers")
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = common.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
+    run.begin()
+
+    # --- copied from lora.py: training loop ---
+    for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        nll = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch_nll = -model.target_logps(**batch).sum()
+            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            nll += batch_nll.detach()
+        if run.step == 0:
+            common.check_gradients(model)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
+    # --- end ---
+
+    run.show_samples()
+    save_dora(args, model, tokenizer)
+    if args.merge:
+        merge_dora(model)
+        common.save_model(Path(args.output) / "merged", model, tokenizer)
+    run.finish()
+    common.say_how_to_use("dora.py", args)
+
+
+def save_dora(args, model, tokenizer) -> None:
+    """The adapter in PEFT's form."""
+    config = {
+        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": False, "lora_dropout": args.dropout,
+        "target_modules": common.short_names(model, list(dora_layers(model))), "bias": "none",
+        "use_dora": True, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
+
+
+def load_dora(model, args) -> None:
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    config, tensors = common.load_adapter(args.adapter, model, "LORA")
+    beyond = ("use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
+        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
+    if not config.get("use_dora"):
+        raise common.UserError(f"--adapter {args.adapter} is LoRA without magnitudes: lora.py trains it")
+    if unknown:
+        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
+    args.rank, args.alpha = config["r"], config["lora_alpha"]
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    add_dora(model, ",".join(names), args.rank, args.alpha, args.dropout)
+    common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
+
+
+def merge_dora(model) -> None:
+    for name, layer in dora_layers(model).items():
+        model.set_submodule(name, layer.merged())
+
+
+def main(argv=None) -> None:
+    parser = common.make_parser(__doc__, output="runs/dora", lr=2e-4)
+    add = parser.add_argument_group("DoRA").add_argument
+    add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
+    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / r")
+    add("--dropout", type=common.number(float, 0, 1), default=0.0, help="on the update's input")
+    add("--targets", default="all-linear", help="all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--adapter", metavar="FOLDER", help="go on from this DoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--merge", action="store_true", help="also write the merged model to --output/merged")
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; a shorter --max-length")
