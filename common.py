@@ -812,8 +812,9 @@ def short_names(model, adapted: list[str]) -> list[str]:
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """(trainable, total)"""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    """(trainable, total). A 4-bit parameter counts as the weights it stands for, not as its bytes."""
+    sizes = [(p.requires_grad, math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()) for p in model.parameters()]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
 
 
 # ----------------------------------------------------------------------------------------------------- 6. Attention
@@ -1212,7 +1213,7 @@ class Run:
 
     # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
     MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
-            "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "adapter", "offload", "trust_remote_code"}  # fmt: skip
+            "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
     def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None):
         self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, corpus.device

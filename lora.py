@@ -43,6 +43,7 @@ from torch import nn
 import common
 
 
+# --- LoRALinear ---
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
 
@@ -67,8 +68,10 @@ class LoRALinear(nn.Module):
         """The base layer with s B A added to its weight, in float32 and rounded once."""
         self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
         return self.base
+# --- end ---
 
 
+# --- putting LoRA on a model ---
 def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
     """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
     model.requires_grad_(False)
@@ -87,6 +90,7 @@ def adapter_tensors(model) -> dict[str, nn.Parameter]:
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
     return tensors
+# --- end ---
 
 
 def train(args) -> None:
@@ -137,6 +141,7 @@ def train(args) -> None:
     common.say_how_to_use("lora.py", args)
 
 
+# --- saving and loading LoRA ---
 def save_lora(args, model, tokenizer) -> None:
     """The adapter in PEFT's form."""
     config = {
@@ -160,6 +165,7 @@ def load_lora(model, args) -> None:
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
     common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
+# --- end ---
 
 
 def merge_lora(model) -> None:
