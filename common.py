@@ -1079,7 +1079,8 @@ def say_how_to_use(script: str, args) -> None:
     """The last lines of a run that made an adapter: where it lies, and commands that use it as they stand."""
     merged = f"{args.output}-merged"
     again = ["python", script, "--model", f"{args.output}/base" if args.model == "tiny" else args.model, "--adapter", args.output]
-    again += ["--data", *args.data, "--max-steps", "0", "--merge", "--output", merged, *["--trust-remote-code"] * args.trust_remote_code]
+    again += ["--data", *args.data, "--eval-fraction", "0", "--samples", "0", "--max-steps", "0", "--merge", "--output", merged]
+    again += ["--trust-remote-code"] * args.trust_remote_code
     if args.template:
         again += ["--template", "none" if args.template == "none" else f"{args.output}/chat_template.jinja"]
     ask = "[dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])"

@@ -28,6 +28,10 @@ Questions people ask
   Why train in 4 bits?  Not for speed: dequantising costs some per cent. For memory: a 7B base takes 3.9 GB instead of 13.5.
   On a CPU?             It runs, in float32, for tests and for reading along; layer sizes must be multiples of 64 there.
 
+Measured: 16 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.605 to 1.240; the base takes 4.127 bits
+a weight in its linear layers, and before quantisation its loss is 1.316. (python qlora.py --eval-fraction 0.004 --max-length 384
+--batch-size 2 --max-steps 16, two cores of an AMD EPYC, float32, 2026-11-22.)
+
     python qlora.py                                                     # a tiny random model, bundled rows, a minute
     python qlora.py --model BASE --data train.jsonl --merge
 """
@@ -36,7 +40,9 @@ import logging
 import math
 from pathlib import Path
 
-import bitsandbytes
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns of a kernel package that is not needed
+
+import bitsandbytes  # noqa: E402
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -101,7 +107,6 @@ def double_dequantize(codes: torch.Tensor, scale: torch.Tensor, mean: torch.Tens
 
 def quantize(model, dtype: torch.dtype, device: torch.device) -> None:
     """Put every linear layer of the blocks into 4 bits, one at a time, straight onto the device; the rest follows as it is."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that nobody needs
     for name, layer in common.linear_layers(model, "all-linear").items():
         if device.type == "cpu" and (layer.in_features % 64 or layer.out_features % 64):
             raise common.UserError(f"{name}: 4-bit layers on a CPU need sizes in multiples of 64, not {tuple(layer.weight.shape)}")
