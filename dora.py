@@ -27,6 +27,8 @@ Questions people ask
   Is it free after merging?   Yes: --merge writes W' and the model is an ordinary one.
   Why is m not 1?        It would make W' = V / ||V|| at the start, not W0.
 
+Measured: 12 steps on GSM8K take SmolLM2-135M's held-out loss from 1.450 to 1.165, LoRA's from 1.450 to 1.171 (README, Results).
+
     python dora.py                                                     # a tiny random model, bundled rows, a minute
     python dora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
     python dora.py --model BASE --adapter runs/dora --max-steps 0 --merge   # merge an adapter, train nothing
