@@ -44,6 +44,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
@@ -105,6 +108,8 @@ def make_parser(doc: str, **defaults) -> Parser:
     add("--checkpoint-blocks", type=number(int, 1), metavar="N", help="recompute only the first N blocks (implies --gradient-checkpointing)")
     add("--log-every", type=number(int, 1), default=5, help="steps between logged steps")
     add("--eval-every", type=number(int, 1), default=100, help="steps between evaluations; there is one before and one after, too")
+    add("--patience", type=number(int, 0), default=0, metavar="N",
+        help="stop after N evaluations without a lower held-out loss, and keep the weights of the lowest; 0 never does")
     add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
@@ -319,7 +324,7 @@ def parse_row(row: dict, where: str) -> str | list[dict]:
     raise UserError(f"{where}: fields {sorted(map(str, row))} fit none of: {FORMATS}")
 
 
-def parse_preference(row: dict, where: str) -> tuple[list[dict], list[list[dict]], float]:
+def parse_preference(row: dict, where: str) -> tuple[list[dict], list[dict], float]:
     """A preference or ranking row -> (prompt, answers from best to worst, margin). Without a prompt, it is the leading
     turns that chosen and rejected have in common."""
     if "responses" in row:
@@ -334,20 +339,29 @@ def parse_preference(row: dict, where: str) -> tuple[list[dict], list[list[dict]
     else:
         shared = next((n for n, pair in enumerate(zip(*answers)) if pair[0] != pair[1]), min(map(len, answers)))
         prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
-    if not prompt or any(not answer or any(m["role"] != "assistant" for m in answer) for answer in answers):
-        raise UserError(f"{where}: chosen and rejected must be assistant answers to one prompt")
+    if not prompt or any([m["role"] for m in answer] != ["assistant"] for answer in answers):
+        raise UserError(f"{where}: chosen and rejected must each be one assistant answer to the same prompt")
     margin = row.get("margin")
     if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) <= sys.float_info.max):
         raise UserError(f"{where}: {wrong(row, 'margin', 'a finite number')}")
-    return prompt, answers, float(margin or 0.0)
+    return prompt, [answer[0] for answer in answers], float(margin or 0.0)
 
 
-def parse_prompt(row: dict, where: str) -> list[dict]:
-    """A prompts-only row -> messages that end with the user's."""
-    prompt = messages(row, next((key for key in ("messages", "conversations") if key in row), "prompt"), where, "user")
-    if prompt[-1]["role"] != "user":
-        raise UserError(f"{where}: a prompt ends with the user's turn, this one with the {prompt[-1]['role']}'s")
-    return prompt
+def parse_prompt(row: dict, where: str) -> tuple[list[dict], list[dict]]:
+    """Any row with a prompt -> (messages that end with the user's, [the answer it comes with] or [])."""
+    if "chosen" in row or "responses" in row:
+        prompt, answers, _ = parse_preference(row, where)
+        return prompt, answers[:1]
+    if "prompt" in row and not {"completion", "response"} & row.keys():
+        conversation = messages(row, "prompt", where, "user")
+    else:
+        conversation = parse_row(row, where)
+        if isinstance(conversation, str):
+            raise UserError(f"{where}: raw text has no prompt to answer")
+    answers = [conversation.pop()] if conversation[-1]["role"] == "assistant" else []
+    if not conversation or conversation[-1]["role"] != "user":
+        raise UserError(f"{where}: a prompt ends with the user's turn" + (f", this one with the {conversation[-1]['role']}'s" if conversation else ""))
+    return conversation, answers
 
 
 # -------------------------------------------------------------------------------------------- 3. Tokens and targets
@@ -428,12 +442,29 @@ def encode_conversation(tokenizer, conversation: list[dict], joined: bool = Fals
     return [(ids, [start <= i < end for i in range(len(ids))]) for ids, start, end in spans]
 
 
+def encode_answers(tokenizer, prompt: list[dict], answers: list[dict], joined: bool = False) -> list[tuple[list[int], list[bool]]]:
+    """A prompt and several answers to it -> a document of (ids, is_target) each, all beginning with the same prompt tokens."""
+    if joined:
+        shared, _ = encode_conversation(tokenizer, prompt, joined=True)[0]
+        tails = [tokenizer(answer["content"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for answer in answers]
+        return [(shared + tail, [False] * len(shared) + [True] * len(tail)) for tail in tails]
+    spans = [answer_span(tokenizer, [*prompt, answer]) for answer in answers]
+    start = min(start for _, start, _ in spans)
+    return [(ids, [start <= i < end for i in range(len(ids))]) for ids, _, end in spans]
+
+
 KEPT, CUT, NO_TARGET, EMPTY = range(4)  # what became of a document
 
 
-def encode_row(row, where: str, tokenizer, args, vocab_size: int):
-    """One row -> its documents, as records of the token table. A row that gives none leaves a record that says why."""
-    parsed, documents, empty = parse_row(row, where), [], False
+def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "conversations"):
+    """One row -> its documents, as records of the token table. A row that gives none leaves a record that says why.
+
+    kind "preferences": the answers to a prompt, best first, are consecutive documents, all kept or all dropped; their number
+    stands in `answers` of the first and is 0 in the others. Elsewhere every document stands alone, and `answers` is 1.
+    kind "prompts": a document is a prompt and, marked as targets, the answer it comes with, if any. Its length is the prompt's.
+    """
+    documents, empty, margin, joined = [], False, 0.0, args.template == "none"
+    parsed = parse_row(row, where) if kind == "conversations" else None
     if isinstance(parsed, str):  # raw text: every token is a target; a long text becomes consecutive documents
         prompt, empty = parsed, not parsed.strip()
         ids = [] if empty else tokenizer(parsed).input_ids
@@ -441,27 +472,54 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int):
         pieces = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
         documents = [(piece, [True] * len(piece)) for piece in pieces]
     else:
-        while parsed and parsed[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
-            parsed.pop()
-        first_answer = next((i for i, m in enumerate(parsed) if i and m["role"] == "assistant"), None)
+        if kind == "preferences":
+            parsed, answers, margin = parse_preference(row, where)
+            first_answer = len(parsed)
+        elif kind == "prompts":
+            parsed, answers = parse_prompt(row, where)
+            first_answer = len(parsed)
+        else:
+            while parsed and parsed[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
+                parsed.pop()
+            answers = [m for m in parsed if m["role"] == "assistant"]
+            first_answer = next((i for i, m in enumerate(parsed) if i and m["role"] == "assistant"), None)
         prompt = json.dumps([(m["role"], m["content"]) for m in parsed[:first_answer]])
-        empty = any(m["role"] == "assistant" and not m["content"].strip() for m in parsed)
+        empty = any(not answer["content"].strip() for answer in answers)
         if args.system is not None and parsed and parsed[0]["role"] != "system":
             parsed.insert(0, {"role": "system", "content": args.system})
         try:
-            documents = [] if empty or not parsed else encode_conversation(tokenizer, parsed, args.template == "none")
+            if kind == "conversations":
+                documents = [] if empty or not parsed else encode_conversation(tokenizer, parsed, joined)
+            elif answers:
+                documents = [] if empty else encode_answers(tokenizer, parsed, answers, joined)
+            else:
+                ids = encode_conversation(tokenizer, parsed, joined=True)[0][0] if joined else render(tokenizer, parsed, prompt=True)
+                documents = [(ids, [False] * len(ids))]
         except (jinja2.TemplateError, UserError, TypeError, ValueError) as error:
             raise UserError(f"{where}: the chat template refuses this conversation: {error}")
     # rows with the same prompt share a number, so that the held-out split can keep them together
-    record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True)}
+    record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True), "margin": margin, "answers": 1}
+    records = []
     for ids, marks in documents or [([], [])]:
         if ids and max(ids) >= vocab_size:
             raise UserError(f"{where}: token {max(ids)} is beyond the model's {vocab_size} embeddings: tokenizer and model do not fit")
+        if kind == "prompts":
+            length = marks.index(True) if True in marks else len(ids)
+            status = EMPTY if empty else KEPT if length <= args.max_length else NO_TARGET  # a prompt is never cut
+            records.append(record | {"input_ids": ids, "is_target": marks, "length": length, "targets": sum(marks), "status": status})
+            continue
         status = CUT if len(ids) > args.max_length else KEPT
+        if kind == "conversations" and getattr(args, "loss_on", "answers") == "all":
+            marks = [True] * len(ids)
         ids, marks = ids[: args.max_length], [False, *marks[1 : args.max_length]]  # nothing predicts a first token
         if not any(marks):
             ids, marks, status = [], [], EMPTY if empty else NO_TARGET
-        yield record | {"input_ids": ids, "is_target": marks, "length": len(ids), "targets": sum(marks), "status": status}
+        records.append(record | {"input_ids": ids, "is_target": marks, "length": len(ids), "targets": sum(marks), "status": status})
+    if kind == "preferences":
+        for n, one in enumerate(records):
+            one["answers"] = 0 if n else len(records)
+        records = next(([record] for record in records if record["status"] > CUT), records)
+    yield from records
 
 
 def end_of_turn(tokenizer) -> int:
@@ -476,24 +534,26 @@ def end_of_turn(tokenizer) -> int:
 # ------------------------------------------------------------------------------------------------------- 4. Batches
 
 
-def tokenize_source(name: str, tokenizer, args, vocab_size: int) -> tuple[datasets.Dataset, str]:
+def tokenize_source(name: str, tokenizer, args, vocab_size: int, kind: str = "conversations") -> tuple[datasets.Dataset, str]:
     """Tokenise a source into a memory-mapped table in the Hugging Face cache -> (table, digest of content, tokenizer and
     settings). The cache's key holds that digest and this file's code: what has changed is never served from the cache."""
     content, rows = open_source(name)
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
     settings = [content, backend, tokenizer.chat_template, tokenizer.special_tokens_map, args.max_length, args.system, args.template, vocab_size]
+    settings += [kind, getattr(args, "loss_on", "answers")]
     digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
     key = hashlib.sha256(digest.encode() + Path(__file__).read_bytes()).hexdigest()[:32]
 
     def records():
         row = None
         for row, where in rows():
-            yield from encode_row(row, where, tokenizer, args, vocab_size)
+            yield from encode_row(row, where, tokenizer, args, vocab_size, kind)
         if row is None:
             raise UserError(f"{name}: no rows")
 
     columns = {"input_ids": datasets.List(datasets.Value("int32")), "is_target": datasets.List(datasets.Value("bool"))}
-    columns |= {column: datasets.Value("int64") for column in ("prompt", "length", "targets", "status")}
+    columns |= {column: datasets.Value("int64") for column in ("prompt", "length", "targets", "status", "answers")}
+    columns["margin"] = datasets.Value("float64")
     try:
         return datasets.Dataset.from_generator(records, features=datasets.Features(columns), fingerprint=key), digest
     except datasets.exceptions.DatasetGenerationError as error:
@@ -505,12 +565,16 @@ class Corpus:
 
     table: columns input_ids and is_target, memory-mapped. lengths, targets: tokens and target tokens of each document.
     sources: (documents, mixing weight) of each source. rows_per_step: batch_size * grad_accum * number of ranks.
+    preferences: the documents of `sources` are best answers, and a row is a prompt with all its answers.
     """
 
-    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int, device=torch.device("cpu"), digests=()):
+    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int, device=torch.device("cpu"), digests=(), preferences=False):
         self.table, self.sources, self.args, self.digests = table.with_format("numpy"), sources, args, digests
         self.pad_id, self.device = pad_id, device
         self.lengths, self.targets = (table.data.column(name).to_numpy() for name in ("length", "targets"))
+        self.answers = self.margins = None
+        if preferences:
+            self.answers, self.margins = (table.data.column(name).to_numpy() for name in ("answers", "margin"))
         self.rows_per_step = args.batch_size * args.grad_accum * world_size()
         self.cached_rows = {}
 
@@ -524,10 +588,13 @@ class Corpus:
         return np.random.default_rng([self.args.seed, len(self.sources), epoch]).permutation(np.concatenate(chosen))
 
     def rows(self, epoch: int = 0) -> list[list[int]]:
-        """The rows of an epoch, each a list of documents: whole ones of at most max_length tokens together if packed."""
+        """The rows of an epoch, each a list of documents: whole ones of at most max_length tokens together if packed; of
+        preference data, the answers to one prompt."""
         if epoch not in self.cached_rows:
             rows, room = [], 0
-            for document in self.order(epoch).tolist():
+            if self.answers is not None:
+                rows = [list(range(best, best + self.answers[best])) for best in self.order(epoch).tolist()]
+            for document in [] if rows else self.order(epoch).tolist():
                 if not self.args.packing or self.lengths[document] > room:
                     rows.append([])
                     room = self.args.max_length
@@ -545,12 +612,17 @@ class Corpus:
         return steps[: self.args.max_steps]
 
     def steps(self, start: int = 0):
-        """From step `start` on: (epochs done, this rank's micro-batches, tokens and target tokens of all ranks' together)."""
+        """From step `start` on: (epochs done, this rank's micro-batches, tokens of all ranks together, and what the loss is the
+        mean over: target tokens of all ranks, or in preference data prompts)."""
         for epoch, first in self.plan()[start:]:
             rows = self.rows(epoch)[first : first + self.rows_per_step]
             documents = [document for row in rows for document in row]
             done = epoch + (first + len(rows)) / len(self.rows(epoch))
-            yield done, list(self.deal(rows)), int(self.lengths[documents].sum()), int(self.targets[documents].sum())
+            yield done, list(self.deal(rows)), int(self.lengths[documents].sum()), self.count(rows)
+
+    def count(self, rows: list[list[int]]) -> int:
+        """What a loss over these rows is the mean over: target tokens, or in preference data prompts."""
+        return len(rows) if self.answers is not None else int(self.targets[[document for row in rows for document in row]].sum())
 
     def deal(self, rows: list[list[int]]):
         """Rows -> this rank's micro-batches. 8x1, 4x2 and 1x8 take the same rows; where rows run out, a rank gets a
@@ -559,7 +631,7 @@ class Corpus:
         for first in range(rank() * size, len(rows) + rank() * size, size * world_size()):
             batch = self.collate(rows[first : first + size] or rows[:1])
             if first >= len(rows):
-                batch |= {name: batch[name][:0] for name in ("targets", "target_index")}
+                batch |= {name: value[:0] for name, value in batch.items() if name not in ("input_ids", "position_ids", "attention_mask", "documents")}
             yield batch
 
     def collate(self, rows: list[list[int]]) -> dict:
@@ -570,6 +642,7 @@ class Corpus:
         Padded on the right: input_ids and attention_mask (B, T).
         Both: targets (N,), the tokens to predict, and target_index (N,), where in the flattened (B * T,) each is predicted:
             one position before its own. First tokens are no targets, so no document is predicted from another.
+        Of preference data, with D documents, P pairs of a better and a worse answer to one prompt: see `pairs`.
         """
         fetched = self.table[[document for row in rows for document in row]]
         ids, marks = [x.astype(np.int64) for x in fetched["input_ids"]], [x.astype(bool) for x in fetched["is_target"]]
@@ -586,7 +659,30 @@ class Corpus:
         else:
             real = torch.arange(width) < torch.tensor(lengths)[:, None]  # (B, T)
             batch |= {"input_ids": torch.full(real.shape, self.pad_id).masked_scatter(real, flat), "attention_mask": real.long()}
+        if self.answers is not None:
+            batch |= self.pairs(rows, ids, marks, starts)
         return {name: self.place(x) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+
+    def pairs(self, rows: list[list[int]], ids: list[np.ndarray], marks: list[np.ndarray], starts: np.ndarray) -> dict:
+        """What losses on answers need beside the tokens. Of K ranked answers all K (K - 1) / 2 pairs count, together as one.
+
+        document (D,): the number of each in the table. answer (N,): the document, of D, that each target belongs to.
+        last (D,): where in the flattened row each document ends. better, worse (P,): the documents of each pair.
+        weight (P,): 2 / (K (K - 1)). margin (P,). prompt_targets and prompt_index (M,): as targets and target_index, of the
+        prompts, each once, in front of its best answer.
+        """
+        firsts = np.cumsum([0, *map(len, rows[:-1])])
+        pairs = [(first + i, first + j, 2 / (len(row) * (len(row) - 1)), self.margins[row[0]])
+                 for first, row in zip(firsts, rows) for i in range(len(row)) for j in range(i + 1, len(row))]  # fmt: skip
+        better, worse, weight, margin = (torch.tensor(column) for column in zip(*pairs))
+        answer = torch.repeat_interleave(torch.arange(len(marks)), torch.tensor([int(mark.sum()) for mark in marks]))
+        document = torch.tensor([document for row in rows for document in row])
+        last = torch.tensor([start + len(x) - 1 for start, x in zip(starts, ids)])
+        prompts = [(starts[first], ids[first][: marks[first].argmax()]) for first in firsts]
+        prompt_targets = torch.from_numpy(np.concatenate([prompt[1:] for _, prompt in prompts]))
+        prompt_index = torch.from_numpy(np.concatenate([start + np.arange(len(prompt) - 1) for start, prompt in prompts]))
+        return {"document": document, "answer": answer, "last": last, "better": better, "worse": worse, "weight": weight.float(),
+                "margin": margin.float(), "prompt_targets": prompt_targets, "prompt_index": prompt_index}  # fmt: skip
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device; on CUDA from pinned memory, so that the host does not wait for the copy."""
@@ -607,12 +703,14 @@ class Corpus:
                 print(f"{'TARGET ' if marks[first] else 'context'} {last - first:4d}  {'|'.join(tokens)!r}")
 
 
-def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu")) -> tuple[Corpus, Corpus | None]:
-    """--data and --eval-data -> (training corpus, held-out corpus or None). Says what was kept, cut and dropped."""
+def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu"), kind: str = "conversations") -> tuple[Corpus, Corpus | None]:
+    """--data and --eval-data -> (training corpus, held-out corpus or None). Says what was kept, cut and dropped.
+
+    kind: "conversations" (any training rows), "preferences" or "prompts" (see `encode_row`)."""
     sources = [parse_source(text) for text in args.data] + [(path, 1.0) for path in args.eval_data or []]
     for turn in range(2):  # under torchrun rank 0 tokenises first, the others then find it in the cache
         if (rank() == 0) == (turn == 0):
-            tables, digests = zip(*[tokenize_source(name, tokenizer, args, vocab_size) for name, _ in sources])
+            tables, digests = zip(*[tokenize_source(name, tokenizer, args, vocab_size, kind) for name, _ in sources])
         if world_size() > 1:
             dist.barrier()
     table = datasets.concatenate_datasets(list(tables))
@@ -623,7 +721,8 @@ def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu")) -> t
         kept, cut, no_target, empty = np.bincount(status[first:last], minlength=4)
         say(f"{name}: {kept + cut:,} documents, {lengths[first:last].sum():,} tokens, {targets[first:last].sum():,} of them targets; {cut:,} cut at "
             f"--max-length {args.max_length}; dropped: {no_target:,} with no target left, {empty:,} with an empty text or answer")  # fmt: skip
-    usable, held_out = status <= CUT, np.arange(len(table)) >= bounds[len(args.data)]
+    best = table.data.column("answers").to_numpy() > 0
+    usable, held_out = (status <= CUT) & best, np.arange(len(table)) >= bounds[len(args.data)]
     if not args.eval_data and args.eval_fraction:  # whole prompts, until the fraction is reached
         unique, counts = np.unique(prompts[usable], return_counts=True)
         shuffled = np.random.default_rng([args.seed, 7]).permutation(len(unique))
@@ -633,7 +732,7 @@ def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu")) -> t
     def corpus(chosen: np.ndarray, weights: list[float]) -> Corpus | None:
         parts = [(first + np.flatnonzero(chosen[first:last]), weight) for (first, last), weight in zip(spans, weights)]
         parts = [(documents, weight) for documents, weight in parts if len(documents)]
-        return Corpus(table, parts, args, tokenizer.pad_token_id, device, digests) if parts else None
+        return Corpus(table, parts, args, tokenizer.pad_token_id, device, digests, kind == "preferences") if parts else None
 
     train, evaluation = corpus(usable & ~held_out, [weight for _, weight in sources]), corpus(usable & held_out, [1.0] * len(sources))
     if train is None:
@@ -660,22 +759,21 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def setup(args, distributed: bool = False) -> tuple[torch.device, torch.dtype]:
+def setup(args) -> tuple[torch.device, torch.dtype]:
     """Seed, pick the device, join the other ranks under torchrun. -> (device, dtype of the computation)"""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and not distributed:
-        raise UserError("this script runs in one process: start it with python, not with torchrun")
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:
+    if (ranks > 1 or getattr(args, "offload", False)) and not dist.is_initialized():  # --offload on one device: FSDP2, one rank
+        alone = {} if ranks > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # hours, because the others wait while rank 0 tokenises, and while it writes a checkpoint
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4), **alone)
     torch.manual_seed(args.seed)
     args.gradient_checkpointing |= args.checkpoint_blocks is not None
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "mps"
@@ -741,25 +839,35 @@ def load_tokenizer(args):
     return tokenizer, vocab_size
 
 
-def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None) -> torch.nn.Module:
+def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None, head: str = "lm") -> torch.nn.Module:
     """A causal LM that computes in dtype and keeps its weights in weight_dtype (dtype, if not given), on the device, with
-    `model.target_logps` bound to it (section 7). What sections 6 and 7 assume of a model is checked here, by trying."""
+    `model.target_logps` bound to it (section 7). What sections 6 and 7 assume of a model is checked here, by trying.
+
+    head "score": a sequence classifier with one label in place of the causal LM, and no target_logps. Its head is random
+    where the model on disk has none."""
     weight_dtype = weight_dtype or dtype
     if args.model == "tiny":
         model = tiny_model().to(weight_dtype)
+        if head == "score":
+            base, model = model, transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**model.config.to_dict() | {"num_labels": 1}))
+            model = model.to(weight_dtype)
+            model.model.load_state_dict(base.model.state_dict())
     else:  # safetensors only: a pickle can run code while it loads
-        model = from_hub(transformers.AutoModelForCausalLM, args, dtype=weight_dtype, use_safetensors=True)
+        auto_class = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
+        options = {} if head == "lm" else {"num_labels": 1}
+        model = from_hub(auto_class, args, dtype=weight_dtype, use_safetensors=True, **options)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     model.to(device)
-    # a bound method, because FSDP2 gathers weights only around methods it knows (register_fsdp_forward_method)
-    model.target_logps = types.MethodType(target_logps, model)
     model.padded_attention, model.base_fingerprint = model.config._attn_implementation, fingerprint(model)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != weight_dtype):
         if args.packing:
             choose_packed_attention(model, exact=dtype == torch.float32)
-        check_head(model, exact=dtype == torch.float32)
+        if head == "lm":
+            # a bound method, because FSDP2 gathers weights only around methods it knows (register_fsdp_forward_method)
+            model.target_logps = types.MethodType(target_logps, model)
+            check_head(model, exact=dtype == torch.float32)
     return model
 
 
@@ -809,6 +917,28 @@ def short_names(model, adapted: list[str]) -> list[str]:
     inside = tuple(f"{name}." for name in adapted)
     others = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and not name.startswith(inside)]
     return sorted(adapted if any(name.rpartition(".")[2] in last for name in others) else last)
+
+
+def parallelize(model, dtype: torch.dtype, device: torch.device, offload: bool = False, method: str = "target_logps") -> None:
+    """Prepare a model that trains all its parameters, float32 masters, to compute in dtype through `method`.
+
+    In one process: autocast. Under torchrun or with offload FSDP2 (ZeRO-3): each rank keeps 1/W of every parameter in float32;
+    a block is gathered in dtype just before it runs and freed after; gradients are summed over ranks, not averaged. With
+    offload the shards, and with them gradients and optimizer states, lie in host memory.
+    """
+    if not dist.is_initialized():
+        if dtype != model.dtype:  # uncached, as each weight is used once
+            setattr(model, method, torch.autocast(device.type, dtype=dtype, cache_enabled=False)(getattr(model, method)))
+        return
+    options = {"mesh": init_device_mesh(device.type, (world_size(),))}
+    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for module in [*blocks(model), model]:  # the model itself last: what is in no block: embedding, last norm, head
+        fully_shard(module, **options)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, method)  # the head must be gathered while the loss is computed
 
 
 def count_parameters(model) -> tuple[int, int]:
@@ -1003,6 +1133,11 @@ def check_head(model, exact: bool) -> None:
         raise UserError(f"{type(model).__name__} changes its logits in a way that is not known here: off by {(ours - expected).abs().max():.3g} nats")
 
 
+def model_inputs(batch: dict) -> dict:
+    """What of a batch the model itself takes: preference data brings more."""
+    return {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask", "documents") if name in batch}
+
+
 # --------------------------------------------------------------------------------------------------------- 8. Files
 
 
@@ -1018,14 +1153,31 @@ def save_into(folder: Path, write) -> None:
         shutil.rmtree(temporary)
 
 
+def save_trained(folder: Path, model, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+    """`save_model` of a model whose every parameter was trained, in dtype. Shards are gathered on rank 0."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        with torch.device("meta"):  # a fresh model of the same class: FSDP2 has changed this one's
+            auto_class = transformers.AutoModelForCausalLM if model.get_output_embeddings() else transformers.AutoModelForSequenceClassification
+            fresh = auto_class.from_config(model.config, trust_remote_code=trust_remote_code)
+        fresh.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+        fresh.tie_weights()
+        assert not any(p.is_meta for p in fresh.parameters())
+        fresh.padded_attention, fresh.generation_config = model.padded_attention, model.generation_config
+        save_model(folder, fresh, tokenizer)
+
+
 def save_model(folder: Path, model, tokenizer) -> None:
     """A Hugging Face folder: weights, config, tokenizer with its chat template, generation_config with the same eos."""
-    stop = stop_ids(model, tokenizer)
-    model.generation_config.update(eos_token_id=stop if len(stop) > 1 else stop[0], pad_token_id=tokenizer.pad_token_id)
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # some bases set a temperature but forget do_sample, and would not be saved
-        model.generation_config.do_sample = True
+    if rank() != 0:
+        return
+    if model.can_generate():  # a sequence classifier does not
+        stop = stop_ids(model, tokenizer)
+        model.generation_config.update(eos_token_id=stop if len(stop) > 1 else stop[0], pad_token_id=tokenizer.pad_token_id)
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # some bases set a temperature but forget do_sample, and would not be saved
+            model.generation_config.do_sample = True
     with attention(model, model.padded_attention):  # other programs do not know ours
         save_into(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
 
@@ -1042,6 +1194,8 @@ def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         tokenizer.save_pretrained(folder)
 
+    if rank() != 0:
+        return
     save_into(Path(args.output), write)
     if args.model == "tiny":
         base = tiny_model()
@@ -1075,22 +1229,29 @@ def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor],
         own[name].copy_(tensor)
 
 
-def say_how_to_use(script: str, args) -> None:
-    """The last lines of a run that made an adapter: where it lies, and commands that use it as they stand."""
+def say_how_to_use(args, adapter: bool = True, script: str = "lora.py") -> None:
+    """The last lines of a run: where its result lies, and commands that use it as they stand. script: what merges the adapter."""
+    remote = ", trust_remote_code=True" * args.trust_remote_code
+    question = "'Hello'" if args.template == "none" else "[dict(role='user', content='Hello')]"
+    plain = "t.pipeline('text-generation', '{}'" + remote + f")({question}, max_new_tokens=50)[0]['generated_text']" + "[-1]" * (args.template != "none")
+    if not adapter:
+        say(f"""
+The model lies in {args.output}. Answer with it:
+  python -c "import transformers as t; print({plain.format(args.output)})\"""")
+        return
     merged = f"{args.output}-merged"
     again = ["python", script, "--model", f"{args.output}/base" if args.model == "tiny" else args.model, "--adapter", args.output]
-    again += ["--data", *args.data, "--eval-fraction", "0", "--samples", "0", "--max-steps", "0", "--merge", "--output", merged]
-    again += ["--trust-remote-code"] * args.trust_remote_code
+    again += ["--eval-fraction", "0", "--samples", "0", "--max-steps", "0", "--merge", "--output", merged] + ["--trust-remote-code"] * args.trust_remote_code
     if args.template:
         again += ["--template", "none" if args.template == "none" else f"{args.output}/chat_template.jinja"]
-    ask = "[dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])"
-    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}')"
+    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'{remote})"
+    through_peft = plain.format(args.output).replace(f"'{args.output}'{remote}", f"model, tokenizer='{args.output}'")
     say(f"""
 The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
-  python -c "{load}; print(t.pipeline('text-generation', model, tokenizer='{args.output}')({ask}"
+  python -c "{load}; print({through_peft})"
 Merge it into its base, and answer with that, which needs no PEFT:
   {shlex.join(again)}
-  python -c "import transformers as t; print(t.pipeline('text-generation', '{merged}/merged')({ask}\"""")
+  python -c "import transformers as t; print({plain.format(f'{merged}/merged')})\"""")
 
 
 # ------------------------------------------------------------------------------------------------------- 9. The run
@@ -1110,6 +1271,17 @@ def learning_rate(step: int, total: int, args) -> float:
         return args.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return args.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[args.schedule]
+
+
+def sum_gradients(parameters: list) -> None:
+    """Under torchrun: the sum of all ranks' gradients of replicated parameters, in one message. FSDP2 has summed its own."""
+    replicated = [p for p in parameters if not isinstance(p, DTensor)]
+    if world_size() == 1 or not replicated:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in replicated])
+    dist.all_reduce(flat)
+    for p, gradient in zip(replicated, flat.split([p.numel() for p in replicated])):
+        p.grad = gradient.view_as(p).to(p.dtype)
 
 
 def check_gradients(model) -> None:
@@ -1140,14 +1312,14 @@ def evaluating(model):
         model.train(was_training)
 
 
-def mean_nll(model, corpus: Corpus) -> float:
-    """Negative log-likelihood of a corpus, mean over all its target tokens, in nats."""
-    nll, count = 0.0, 0
+def corpus_means(model, corpus: Corpus, sums) -> dict[str, float]:
+    """sums(batch) -> named sums over a batch; here the same over a whole corpus, divided by what its loss is the mean over."""
+    total = {}
     with evaluating(model):
         for batch in corpus.deal(corpus.rows()):
-            logps = model.target_logps(**batch)
-            nll, count = nll - logps.double().sum().item(), count + len(logps)
-    return over_ranks(nll) / over_ranks(count)
+            for name, value in sums(batch).items():
+                total[name] = total.get(name, 0.0) + value.double().item()
+    return {name: over_ranks(value) / corpus.count(corpus.rows()) for name, value in total.items()}
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -1172,7 +1344,8 @@ def samples(model, tokenizer, corpus: Corpus) -> list[tuple[str, str, str]]:
     """(prompt, the model's answer, the answer in the data) of the first --samples documents; raw text is continued from
     its middle."""
     prompts, references = [], []
-    for document in [document for row in corpus.rows() for document in row][: corpus.args.samples]:
+    documents = [document for row in corpus.rows() for document in (row if corpus.answers is None else row[:1])]
+    for document in documents[: corpus.args.samples]:
         ids, marks = corpus.table[document]["input_ids"].tolist(), corpus.table[document]["is_target"].astype(np.int8)
         starts = np.flatnonzero(np.diff(marks) == 1) + 1  # where answers begin
         start = int(starts[-1]) if starts[-1] > 1 else len(ids) // 2
@@ -1216,13 +1389,20 @@ class Run:
     MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
             "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
-    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None):
+    STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
+
+    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, sums=None, show=None):
+        """sums(batch) -> the named sums of a held-out batch, "loss" among them; default: the targets' negative log-likelihood.
+        show() -> held-out examples as text; default: answers to held-out prompts."""
+        self.sums = sums or (lambda batch: {"loss": -model.target_logps(**batch).sum()})
+        self.show = show or (lambda: samples(model, tokenizer, evaluation or corpus))
         self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, corpus.device
         self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
         if self.total_steps == 0 and args.max_steps is None:
             raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
-        self.step = self.tokens = self.window_targets = 0  # the window is what came since the last logged step
-        self.window_nll, self.unread, self.eval_loss, self.signal = 0.0, [], None, None
+        self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
+        self.window, self.unread, self.eval_loss, self.signal = {}, [], None, None
+        self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
         documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
@@ -1275,23 +1455,33 @@ class Run:
         """Held-out loss and samples before the first step; from here on the clock runs."""
         if self.step == 0:
             self.evaluate()
-            self.before = samples(self.model, self.tokenizer, self.evaluation or self.corpus)
+            self.before = self.show()
         self.model.train()
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def evaluate(self) -> None:
-        if self.evaluation is not None:
-            self.eval_loss = mean_nll(self.model, self.evaluation)
-            self.write(step=self.step, eval_loss=self.eval_loss, perplexity=math.exp(min(self.eval_loss, 700)))
-            say(f"step {self.step}: held-out loss {self.eval_loss:.4f}")
+        if self.evaluation is None:
+            return
+        means = corpus_means(self.model, self.evaluation, self.sums)
+        self.eval_loss = means["loss"]
+        means |= {"perplexity": math.exp(min(self.eval_loss, 700))} if self.corpus.answers is None else {}
+        self.write(step=self.step, **{name if name == "perplexity" else f"eval_{name}": value for name, value in means.items()})
+        say(f"step {self.step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        if self.args.patience:
+            better = self.best_loss is None or self.eval_loss < self.best_loss
+            self.best_loss, self.stale = (self.eval_loss, 0) if better else (self.best_loss, self.stale + 1)
+            if better:
+                self.save_best()
 
-    def end_step(self, epoch: float, nll: torch.Tensor, tokens: int, targets: int, lr: float, grad_norm: torch.Tensor | None) -> None:
-        """Log, evaluate, save where due. nll: the sum over this rank's targets; tokens and targets: of all ranks.
+    def end_step(self, epoch: float, sums: dict[str, torch.Tensor], tokens: int, count: int, lr: float, grad_norm: torch.Tensor | None) -> None:
+        """Log, evaluate, save where due.
 
-        nll and grad_norm stay on the device until a step is logged, so that the host never waits for the GPU in between.
+        sums: named sums over this rank's part of the step, "loss" first; logged is their sum over ranks and over the steps
+        since the last logged one, divided by the sum of count, what the loss is the mean over. tokens, count: of all ranks.
+        sums and grad_norm stay on the device until a step is logged, so that the host never waits for the GPU in between.
         """
-        self.step, self.tokens, self.window_targets = self.step + 1, self.tokens + tokens, self.window_targets + targets
-        self.unread.append(nll.detach())
+        self.step, self.tokens, self.window_count = self.step + 1, self.tokens + tokens, self.window_count + count
+        self.unread.append(torch.stack([value.detach().float() for value in sums.values()]))
         self.bar.update()
         # all ranks must agree on a signal, or those that go on would wait for the others for ever
         self.signal = int(over_ranks(self.signal or 0, dist.ReduceOp.MAX)) or None
@@ -1299,27 +1489,27 @@ class Run:
         log, evaluate, save = (last or self.step % n == 0 for n in (self.args.log_every, self.args.eval_every, self.args.save_every))
         if not (log or evaluate or save or self.signal):
             return
-        for value in torch.stack(self.unread).tolist():  # one by one, so that a checkpoint inside a window changes no bit
-            self.window_nll += over_ranks(value)
+        for values in torch.stack(self.unread).tolist():  # one by one, so that a checkpoint inside a window changes no bit
+            self.window = {name: self.window.get(name, 0.0) + over_ranks(value) for name, value in zip(sums, values)}
         self.unread, norm = [], None
         if grad_norm is not None:
             norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
-        if not math.isfinite(self.window_nll) or not math.isfinite(norm or 0):  # nothing was saved since the bad step
+        if not math.isfinite(self.window["loss"]) or not math.isfinite(norm or 0):  # nothing was saved since the bad step
             good = f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "there is no checkpoint yet"
             raise UserError(f"step {self.step}: the loss or the gradient norm ({norm}) is not finite; {good}. Try a lower --lr, or --dtype float32")
         if log:
-            loss, now = self.window_nll / self.window_targets, time.perf_counter()
+            means, now = {name: value / self.window_count for name, value in self.window.items()}, time.perf_counter()
             speed = (self.tokens - self.clock_tokens) / (now - self.clock)
-            self.write(step=self.step, epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=self.tokens,
+            self.write(step=self.step, epoch=round(epoch, 4), **means, lr=lr, grad_norm=norm, tokens=self.tokens,
                        tokens_per_second=round(speed, 1), peak_memory_gib=round(peak_memory_gib(self.device), 3))  # fmt: skip
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            self.window_nll, self.window_targets, self.clock, self.clock_tokens = 0.0, 0, now, self.tokens
+            self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            self.window, self.window_count, self.clock, self.clock_tokens = {}, 0, now, self.tokens
         if last:
             self.bar.close()
         paused = time.perf_counter()
         if evaluate:
             self.evaluate()
-        if save or self.signal:
+        if save or self.signal or self.enough():
             self.save_checkpoint()
         if self.signal:
             self.bar.close()
@@ -1338,8 +1528,7 @@ class Run:
         optimizer = {self.trained[p]: {key: unsharded(value) for key, value in state.items()} for p, state in states}
         if rank() != 0:
             return
-        state = {"step": self.step, "tokens": self.tokens, "window_nll": self.window_nll, "window_targets": self.window_targets,
-                 "eval_loss": self.eval_loss, "identity": self.identity}  # fmt: skip
+        state = {name: getattr(self, name) for name in self.STATE} | {"identity": self.identity}
         final, temporary = self.output / "checkpoint" / f"step-{self.step:08d}", self.output / "checkpoint" / ".unfinished"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -1356,6 +1545,37 @@ class Run:
         os.replace(temporary, final)
         for old in self.checkpoints()[:-1]:
             shutil.rmtree(old)
+
+    def enough(self) -> bool:
+        return bool(self.args.patience) and self.stale >= self.args.patience
+
+    def steps(self):
+        """`Corpus.steps` from where the run stands, until --patience has run out. Then the best weights are taken back."""
+        for step in self.corpus.steps(self.step):
+            if self.enough():
+                say(f"step {self.step}: the held-out loss has not fallen for {self.stale} evaluations")
+                break
+            yield step
+        self.bar.close()
+        if self.args.patience and self.best_loss is not None and self.best_loss < self.eval_loss:
+            if world_size() > 1:
+                dist.barrier()
+            self.load_weights(self.output / "checkpoint" / "best.safetensors")
+            say(f"taking back the weights with the least held-out loss, {self.best_loss:.4f}")
+            self.eval_loss = self.best_loss
+
+    def save_best(self) -> None:
+        """The trained weights of the least held-out loss so far, for `steps` to take back."""
+        weights = {name: unsharded(p) for p, name in self.trained.items()}
+        if rank() == 0:
+            folder = self.output / "checkpoint"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_into(folder, lambda path: safetensors.torch.save_file(weights, path / "best.safetensors"))
+
+    def load_weights(self, path: Path) -> None:
+        with torch.no_grad(), safetensors.safe_open(path, "pt") as weights:
+            for p, name in self.trained.items():
+                p.copy_(sharded_like(p, weights.get_tensor(name)))
 
     def load_checkpoint(self) -> bool:
         """Go on from the last checkpoint, if every byte of it is as it was written and the run is the same."""
@@ -1375,9 +1595,7 @@ class Run:
             if was != now:
                 raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
         saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)  # read where it is used
-        with torch.no_grad(), safetensors.safe_open(folder / "weights.safetensors", "pt") as weights:
-            for p, name in self.trained.items():
-                p.copy_(sharded_like(p, weights.get_tensor(name)))
+        self.load_weights(folder / "weights.safetensors")
         for optimizer in self.optimizers:
             restored, order = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
             states = [(i, p, saved["optimizer"].get(self.trained[p])) for i, p in enumerate(order)]
@@ -1386,14 +1604,14 @@ class Run:
         torch.set_rng_state(saved["random"])
         if saved["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_random"])
-        self.step, self.tokens, self.eval_loss = state["step"], state["tokens"], state["eval_loss"]
-        self.window_nll, self.window_targets = state["window_nll"], state["window_targets"]
+        for name in self.STATE:
+            setattr(self, name, state[name])
         say(f"resumed after step {self.step} from {folder}")
         return True
 
     def show_samples(self) -> None:
         """Held-out prompts with the answers before and after training (after a --resume: only after), and the data's."""
-        for n, (prompt, answer, reference) in enumerate(samples(self.model, self.tokenizer, self.evaluation or self.corpus)):
+        for n, (prompt, answer, reference) in enumerate(self.show()):
             before = f"--- before ---\n{self.before[n][1].strip()}\n" if self.before else ""
             say(f"\n--- held-out prompt {n + 1} ---\n{prompt.strip()}\n{before}--- after ---\n{answer.strip()}\n--- data ---\n{reference.strip()}")
 

@@ -150,7 +150,7 @@ def train(args) -> None:
     run.begin()
 
     # --- copied from lora.py: training loop ---
-    for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
+    for epoch, micro_batches, tokens, targets in run.steps():
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -161,10 +161,11 @@ def train(args) -> None:
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
+        common.sum_gradients(parameters)  # over ranks, under torchrun
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()
@@ -173,7 +174,7 @@ def train(args) -> None:
         merge_dora(model)
         common.save_model(Path(args.output) / "merged", model, tokenizer)
     run.finish()
-    common.say_how_to_use("dora.py", args)
+    common.say_how_to_use(args, script="dora.py")
 
 
 def save_dora(args, model, tokenizer) -> None:

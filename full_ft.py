@@ -28,8 +28,8 @@ without a term for new layers, as there are none), which pulls towards the pretr
 in: --data mine.jsonl general.jsonl:0.2.
 
 Questions people ask
-  Sum or mean?       The mean over the target tokens of the whole optimizer step, over micro-batches and ranks. FSDP2
-                     averages gradients over ranks, so each rank multiplies its part by their number.
+  Sum or mean?       The mean over the target tokens of the whole optimizer step, over micro-batches and ranks. Each
+                     rank divides by the targets of all, and gradients are summed over ranks.
   What is saved?     The weights in the precision they were computed in. float32 masters stay in checkpoint/.
   Which rate?        1e-5 to 5e-5 are usual for pretrained models; LoRA takes ten times that. Measure yours.
 
@@ -45,10 +45,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM
 
 import common
 
@@ -61,19 +57,6 @@ def make_optimizer(groups, args):
 
     kind = bitsandbytes.optim.AdamW8bit if args.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
     return kind(groups, lr=args.lr)
-
-
-def shard(model, dtype: torch.dtype, offload: bool, device: torch.device) -> None:
-    """FSDP2: each rank keeps 1/W of every parameter in float32; a block is gathered in dtype just before it runs and freed
-    after. With offload the shards, and with them gradients and optimizer states, lie in host memory."""
-    options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),))}
-    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    for block in common.blocks(model):
-        fully_shard(block, **options)
-    fully_shard(model, **options)  # what is in no block: embedding, last norm, head
-    register_fsdp_forward_method(model, "target_logps")  # the head must be gathered while the loss is computed
 
 
 def add_l2_sp(parameters, start, alpha: float) -> None:
@@ -113,13 +96,11 @@ def check_flags(args, sharded: bool) -> None:
 
 
 def train(args) -> None:
-    device, dtype = common.setup(args, distributed=True)
-    sharded = common.world_size() > 1 or args.offload
+    device, dtype = common.setup(args)
+    sharded = dist.is_initialized()  # under torchrun, or with --offload
     check_flags(args, sharded)
     if args.pure_bfloat16:
         dtype = torch.bfloat16
-    if sharded and not dist.is_initialized():  # --offload on one device is FSDP2 with one rank
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     tokenizer, vocab_size = common.load_tokenizer(args)
     corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
     if args.inspect:
@@ -127,10 +108,7 @@ def train(args) -> None:
     place = torch.device("cpu") if sharded else device  # sharding takes a block at a time to the GPU: the whole may not fit
     model = common.load_model(args, dtype, place, weight_dtype=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
     common.checkpoint_blocks(model, args)
-    if sharded:
-        shard(model, dtype, args.offload, device)
-    elif dtype != model.dtype:  # float32 masters, bfloat16 products; uncached, as each weight is used once
-        model.target_logps = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(model.target_logps)
+    common.parallelize(model, dtype, device, args.offload)
     common.say(f"all {common.count_parameters(model)[0]:,} parameters train")
 
     parameters = list(model.parameters())
@@ -142,14 +120,14 @@ def train(args) -> None:
     run = common.Run(args, model, tokenizer, optimizers, corpus, evaluation)
     run.begin()
 
-    for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
+    for epoch, micro_batches, tokens, targets in run.steps():
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
             batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll * common.world_size() / targets).backward()  # targets counts the whole step's, over all ranks
+            (batch_nll / targets).backward()  # targets counts the whole step's, over all ranks
             nll += batch_nll.detach()
         grad_norm = None
         if not args.step_in_backward:
@@ -162,32 +140,12 @@ def train(args) -> None:
             optimizers[0].zero_grad()
         elif run.step == 0 and not all(optimizer.state for optimizer in optimizers):
             raise common.UserError("a trainable parameter got no gradient, and so made no step")
-        run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
 
     run.show_samples()
-    save(args, model, tokenizer, dtype)
+    common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
     run.finish()
-    how_to_use(args)
-
-
-def save(args, model, tokenizer, dtype: torch.dtype) -> None:
-    """A Hugging Face folder in --output, in the precision of the computation. Shards are gathered on rank 0."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if common.rank() == 0:
-        with torch.device("meta"):  # a fresh model of the same class: FSDP2 has changed this one's
-            fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=args.trust_remote_code)
-        fresh.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
-        fresh.tie_weights()
-        assert not any(p.is_meta for p in fresh.parameters())
-        fresh.padded_attention, fresh.generation_config = model.padded_attention, model.generation_config
-        common.save_model(Path(args.output), fresh, tokenizer)
-
-
-def how_to_use(args) -> None:
-    """The last lines of a run: where the model lies, and a command that uses it as it stands."""
-    common.say(f"""
-The model lies in {args.output}. Answer with it:
-  python -c "from transformers import pipeline; print(pipeline('text-generation', '{args.output}')([dict(role='user', content='Hello')], max_new_tokens=50)[0]['generated_text'][-1])\"""")
+    common.say_how_to_use(args, adapter=False)
 
 
 def main(argv=None) -> None:

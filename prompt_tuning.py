@@ -132,7 +132,7 @@ def train(args) -> None:
     run.begin()
 
     # --- copied from lora.py: training loop ---
-    for epoch, micro_batches, tokens, targets in corpus.steps(run.step):
+    for epoch, micro_batches, tokens, targets in run.steps():
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -143,10 +143,11 @@ def train(args) -> None:
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
+        common.sum_gradients(parameters)  # over ranks, under torchrun
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, nll, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()

@@ -157,20 +157,21 @@ def test_alpaca_input_is_part_of_the_user_turn_and_known_apart():
 
 
 ANSWERS = [[A | {"content": "good"}], [A | {"content": "bad"}]]
+BEST_FIRST = [A | {"content": "good"}, A | {"content": "bad"}]
 
 
 @pytest.mark.parametrize(
     "row, expected",
     [
-        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, (PAIR[:1], ANSWERS, 0.0)),
-        ({"prompt": PAIR[:1], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}, (PAIR[:1], ANSWERS, 0.0)),
-        ({"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 2}, (PAIR[:1], ANSWERS, 2.0)),
-        ({"prompt": "q", "chosen": "good", "rejected": "bad", "margin": None}, (PAIR[:1], ANSWERS, 0.0)),
-        ({"chosen": [*PAIR[:1], *ANSWERS[0]], "rejected": [*PAIR[:1], *ANSWERS[1]]}, (PAIR[:1], ANSWERS, 0.0)),
-        ({"chosen": [*TALK[:3], *ANSWERS[0]], "rejected": [*TALK[:3], *ANSWERS[1]]}, (TALK[:3], ANSWERS, 0.0)),
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, (PAIR[:1], BEST_FIRST, 0.0)),
+        ({"prompt": PAIR[:1], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}, (PAIR[:1], BEST_FIRST, 0.0)),
+        ({"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 2}, (PAIR[:1], BEST_FIRST, 2.0)),
+        ({"prompt": "q", "chosen": "good", "rejected": "bad", "margin": None}, (PAIR[:1], BEST_FIRST, 0.0)),
+        ({"chosen": [*PAIR[:1], *ANSWERS[0]], "rejected": [*PAIR[:1], *ANSWERS[1]]}, (PAIR[:1], BEST_FIRST, 0.0)),
+        ({"chosen": [*TALK[:3], *ANSWERS[0]], "rejected": [*TALK[:3], *ANSWERS[1]]}, (TALK[:3], BEST_FIRST, 0.0)),
         ({"prompt": "q", "responses": ["good", "so-so", "bad"]},
-         (PAIR[:1], [ANSWERS[0], [A | {"content": "so-so"}], ANSWERS[1]], 0.0)),
-        ({"prompt": [{"from": "human", "value": "q"}], "responses": ANSWERS}, (PAIR[:1], ANSWERS, 0.0)),
+         (PAIR[:1], [BEST_FIRST[0], A | {"content": "so-so"}, BEST_FIRST[1]], 0.0)),
+        ({"prompt": [{"from": "human", "value": "q"}], "responses": ANSWERS}, (PAIR[:1], BEST_FIRST, 0.0)),
     ],
 )  # fmt: skip
 def test_preference_and_ranking_rows_give_prompt_answers_best_first_and_margin(row, expected):
@@ -186,6 +187,7 @@ def test_preference_and_ranking_rows_give_prompt_answers_best_first_and_margin(r
         {"chosen": "good", "rejected": "bad"},  # no prompt anywhere
         {"chosen": [*PAIR], "rejected": [*PAIR]},  # the same answer twice
         {"prompt": "q", "chosen": "good", "rejected": [U | {"content": "a question"}]},
+        {"prompt": "q", "chosen": "good", "rejected": [*ANSWERS[1], *ANSWERS[1]]},
         {"prompt": "q", "responses": ["only one"]},
         {"prompt": "q", "responses": "good"},
         {"prompt": "q", "responses": ["good", None]},
@@ -201,12 +203,15 @@ def test_a_wrong_preference_row_is_refused_with_its_place(row):
         common.parse_preference(row, "prefs.jsonl:3")
 
 
-def test_a_prompts_only_row_is_a_string_or_a_conversation_that_ends_with_the_user():
-    assert common.parse_prompt({"prompt": "q"}, "x") == PAIR[:1]
-    assert common.parse_prompt({"prompt": TALK[:3]}, "x") == TALK[:3]
-    assert common.parse_prompt({"messages": [S | {"content": "s"}, PAIR[0]]}, "x") == [S | {"content": "s"}, PAIR[0]]
-    assert common.parse_prompt({"conversations": [{"from": "human", "value": "q"}]}, "x") == PAIR[:1]
-    for row in ({"messages": PAIR}, {"prompt": None}, {"text": "q"}):
+def test_a_prompt_is_a_string_or_a_conversation_that_ends_with_the_user_with_or_without_an_answer():
+    assert common.parse_prompt({"prompt": "q"}, "x") == (PAIR[:1], [])
+    assert common.parse_prompt({"prompt": TALK[:3]}, "x") == (TALK[:3], [])
+    assert common.parse_prompt({"messages": [S | {"content": "s"}, PAIR[0]]}, "x") == ([S | {"content": "s"}, PAIR[0]], [])
+    assert common.parse_prompt({"conversations": [{"from": "human", "value": "q"}]}, "x") == (PAIR[:1], [])
+    for row in ({"prompt": "q", "completion": "a"}, {"question": "q", "answer": "a"}, {"messages": PAIR}, {"instruction": "q", "output": "a"}):
+        assert common.parse_prompt(row, "x") == (PAIR[:1], PAIR[1:])
+    assert common.parse_prompt({"prompt": "q", "chosen": "good", "rejected": "bad"}, "x") == (PAIR[:1], BEST_FIRST[:1])
+    for row in ({"messages": PAIR[1:]}, {"prompt": None}, {"text": "q"}, {"prompt": [*PAIR, {"role": "tool", "content": "t"}]}):
         with pytest.raises(common.UserError, match="^prompts.jsonl:3: "):
             common.parse_prompt(row, "prompts.jsonl:3")
 
