@@ -79,10 +79,15 @@ def number(kind, minimum, below=math.inf):
     return parse
 
 
-def make_parser(doc: str, **defaults) -> Parser:
-    """The flags every script has. doc: the script's docstring. defaults: the script's own (output, lr ...)."""
-    parser = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, yes_no = parser.add_argument, argparse.BooleanOptionalAction
+def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
+    """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. defaults: the script's
+    own (output, lr ...), of the flags it is without, too."""
+    parser, yes_no = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter), argparse.BooleanOptionalAction
+
+    def add(flag: str, **options):
+        if flag not in without:
+            parser.add_argument(flag, **options)
+
     bundled = str(Path(__file__).parent / "examples" / "instructions.jsonl")
     add("--model", default="tiny", help="a folder, a Hugging Face Hub name, or `tiny`: a small random Llama made in memory")
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", default=[bundled],
@@ -1391,10 +1396,10 @@ class Run:
 
     STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
 
-    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, sums=None, show=None):
-        """sums(batch) -> the named sums of a held-out batch, "loss" among them; default: the targets' negative log-likelihood.
-        show() -> held-out examples as text; default: answers to held-out prompts."""
-        self.sums = sums or (lambda batch: {"loss": -model.target_logps(**batch).sum()})
+    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, measure=None, show=None):
+        """measure() -> named held-out figures, "loss" among them for --patience; default: the targets' negative log-likelihood.
+        show() -> held-out examples, (prompt, answer, reference) each; default: answers to held-out prompts."""
+        self.measure = measure or (lambda: corpus_means(model, evaluation, lambda batch: {"loss": -model.target_logps(**batch).sum()}))
         self.show = show or (lambda: samples(model, tokenizer, evaluation or corpus))
         self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, corpus.device
         self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
@@ -1462,9 +1467,9 @@ class Run:
     def evaluate(self) -> None:
         if self.evaluation is None:
             return
-        means = corpus_means(self.model, self.evaluation, self.sums)
-        self.eval_loss = means["loss"]
-        means |= {"perplexity": math.exp(min(self.eval_loss, 700))} if self.corpus.answers is None else {}
+        means = self.measure()
+        self.eval_loss = means.get("loss")
+        means |= {"perplexity": math.exp(min(self.eval_loss, 700))} if means.keys() == {"loss"} else {}
         self.write(step=self.step, **{name if name == "perplexity" else f"eval_{name}": value for name, value in means.items()})
         say(f"step {self.step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
         if self.args.patience:
