@@ -79,6 +79,10 @@ def number(kind, minimum, below=math.inf):
     return parse
 
 
+def example(name: str) -> str:
+    return str(Path(__file__).parent / "examples" / name)
+
+
 def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
     """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. defaults: the script's
     own (output, lr ...), of the flags it is without, too."""
@@ -88,9 +92,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
         if flag not in without:
             parser.add_argument(flag, **options)
 
-    bundled = str(Path(__file__).parent / "examples" / "instructions.jsonl")
     add("--model", default="tiny", help="a folder, a Hugging Face Hub name, or `tiny`: a small random Llama made in memory")
-    add("--data", nargs="+", metavar="PATH[:WEIGHT]", default=[bundled],
+    add("--data", nargs="+", metavar="PATH[:WEIGHT]", default=[example("instructions.jsonl")],
         help=".jsonl, .json, .csv, .parquet files, folders of them, or Hub data sets (NAME, NAME@SPLIT, NAME@CONFIG@SPLIT). "
         "WEIGHT is how often a row comes up in an epoch: 2 is twice, 0.5 half of the rows, and the other half in the next epoch")
     add("--eval-data", nargs="+", metavar="PATH", help="held-out rows; default: --eval-fraction of the training prompts")
@@ -616,6 +619,11 @@ class Corpus:
             epoch += 1
         return steps[: self.args.max_steps]
 
+    def planned_rows(self) -> list[list[int]]:
+        """Every row that the run will see, once each, in the order of the first epoch that has it."""
+        rows = [row for epoch, first in self.plan() for row in self.rows(epoch)[first : first + self.rows_per_step]]
+        return list({tuple(row): row for row in rows}.values())
+
     def steps(self, start: int = 0):
         """From step `start` on: (epochs done, this rank's micro-batches, tokens of all ranks together, and what the loss is the
         mean over: target tokens of all ranks, or in preference data prompts)."""
@@ -673,8 +681,8 @@ class Corpus:
 
         document (D,): the number of each in the table. answer (N,): the document, of D, that each target belongs to.
         last (D,): where in the flattened row each document ends. better, worse (P,): the documents of each pair.
-        weight (P,): 2 / (K (K - 1)). margin (P,). prompt_targets and prompt_index (M,): as targets and target_index, of the
-        prompts, each once, in front of its best answer.
+        weight (P,): 2 / (K (K - 1)). margin (P,). best (C,): which of the N targets belong to best answers. prompt_targets and
+        prompt_index (M,): as targets and target_index, of the prompts, each once, in front of its best answer.
         """
         firsts = np.cumsum([0, *map(len, rows[:-1])])
         pairs = [(first + i, first + j, 2 / (len(row) * (len(row) - 1)), self.margins[row[0]])
@@ -682,12 +690,13 @@ class Corpus:
         better, worse, weight, margin = (torch.tensor(column) for column in zip(*pairs))
         answer = torch.repeat_interleave(torch.arange(len(marks)), torch.tensor([int(mark.sum()) for mark in marks]))
         document = torch.tensor([document for row in rows for document in row])
+        best = torch.isin(answer, torch.from_numpy(firsts)).nonzero()[:, 0]
         last = torch.tensor([start + len(x) - 1 for start, x in zip(starts, ids)])
         prompts = [(starts[first], ids[first][: marks[first].argmax()]) for first in firsts]
         prompt_targets = torch.from_numpy(np.concatenate([prompt[1:] for _, prompt in prompts]))
         prompt_index = torch.from_numpy(np.concatenate([start + np.arange(len(prompt) - 1) for start, prompt in prompts]))
         return {"document": document, "answer": answer, "last": last, "better": better, "worse": worse, "weight": weight.float(),
-                "margin": margin.float(), "prompt_targets": prompt_targets, "prompt_index": prompt_index}  # fmt: skip
+                "margin": margin.float(), "best": best, "prompt_targets": prompt_targets, "prompt_index": prompt_index}  # fmt: skip
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device; on CUDA from pinned memory, so that the host does not wait for the copy."""
@@ -944,6 +953,16 @@ def parallelize(model, dtype: torch.dtype, device: torch.device, offload: bool =
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, method)  # the head must be gathered while the loss is computed
+
+
+def disable_dropout(model) -> None:
+    """For losses that compare two passes through a model. In train mode still, which recomputing blocks need."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout"):  # rates that attention and MLPs keep as numbers
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def count_parameters(model) -> tuple[int, int]:

@@ -1,0 +1,360 @@
+"""Direct preference optimisation (DPO): learn from pairs of a better and a worse answer, without a reward model or sampling.
+
+Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model" (arXiv 2305.18290),
+equation 7:
+
+    h = log pi(y_w|x) / ref(y_w|x)  -  log pi(y_l|x) / ref(y_l|x)            L = - log sigmoid(beta h)
+
+    x            the prompt          y_w, y_l   the chosen and the rejected answer
+    log pi(y|x)  policy     (D,)     the SUM over the answer's tokens, its end of turn among them, in nats
+    log ref      reference  (D,)     the same under the frozen starting point of training
+    beta         --beta     0.1      how far the policy may go from the reference: larger stays nearer
+    reward       beta (log pi - log ref): what "accuracy" and "margin" compare
+
+Variants
+  --label-smoothing E   cDPO (Mitchell 2023): a share E of the labels is wrong, - (1-E) log sigmoid(beta h) - E log sigmoid(-beta h)
+  --loss ipo            IPO (Azar et al. 2023, arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2 with log-probabilities averaged
+                        over each answer's tokens, as its authors confirmed; it has a finite goal, where DPO's h grows for ever
+  --loss simpo          SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6): - log sigmoid(beta (p_w - p_l) - gamma), p mean
+                        log-probabilities, and no reference at all. Its beta is 2 to 2.5, its --gamma 0.3 to 1.6
+
+The reference is where training starts:
+  --lora-rank N         the same weights with the adapter off: one model in memory
+  --adapter FOLDER      the same weights with a frozen copy of the starting adapter
+  every parameter       log-probabilities computed once before training, with the batches that training will use, and kept in
+                        --output/reference.safetensors: no second model in memory
+  --reference NAME      another model's log-probabilities, computed and kept in the same way before the policy is loaded
+
+Questions people ask
+  Sum or mean?          DPO sums over the answer's tokens, and then averages over pairs. IPO and SimPO average over the tokens.
+  Loss at step 0?       Exactly ln 2 = 0.693: policy and reference are the same, so h = 0. The run stops if it is not.
+  Both log-probabilities fall?  Usual: the loss sees only their difference. Look at chosen_logps; a smaller --lr, a larger --beta or
+                        a short SFT on the chosen answers first (sft.py) holds it up.
+  Several answers?      A row {"prompt", "responses"}, best first, counts as all its pairs, each with weight 2 / (K (K - 1)).
+  Dropout?              Off, as in the reference: it would add noise to a difference of two numbers near each other.
+
+    python dpo.py                                                     # a tiny model, bundled pairs
+    python dpo.py --model SFT --data pairs.jsonl                      # every parameter
+    python dpo.py --model SFT --data pairs.jsonl --lora-rank 16       # an adapter
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import common
+
+
+def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float, label_smoothing: float = 0.0):
+    """Equation 7. Log-probabilities of whole answers, summed over their tokens, (P,) each -> (P,) losses, one a pair."""
+    h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+
+
+def ipo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float):
+    """The same log-probabilities, but averaged over each answer's tokens, (P,) each -> (P,)."""
+    h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    return (h - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(policy_chosen, policy_rejected, beta: float, gamma: float):
+    """Log-probabilities averaged over each answer's tokens, (P,) each -> (P,)."""
+    return -F.logsigmoid(beta * (policy_chosen - policy_rejected) - gamma)
+
+
+# --- answer_logps ---
+def answer_logps(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of each answer given its prompt, summed over its tokens with the end of turn, and how many tokens these are: (D,)
+    each. All answers run in one forward pass."""
+    logps = model.target_logps(targets=batch["targets"], target_index=batch["target_index"], **common.model_inputs(batch))  # (N,)
+    zeros = logps.new_zeros(len(batch["last"]))
+    return zeros.index_add(0, batch["answer"], logps), zeros.index_add(0, batch["answer"], torch.ones_like(logps))
+# --- end ---
+
+
+def figures(args, batch: dict, policy, length, reference) -> dict[str, torch.Tensor]:
+    """What a micro-batch adds to the loss and the metrics. policy, length, reference (D,). A pair of K ranked answers weighs
+    2 / (K (K - 1)), so that each prompt counts once."""
+    if args.loss != "sigmoid":
+        policy, reference = policy / length, reference / length
+    better, worse = batch["better"], batch["worse"]  # (P,)
+    if args.loss == "sigmoid":
+        losses = dpo_loss(policy[better], policy[worse], reference[better], reference[worse], args.beta, args.label_smoothing)
+    elif args.loss == "ipo":
+        losses = ipo_loss(policy[better], policy[worse], reference[better], reference[worse], args.beta)
+    else:
+        losses = simpo_loss(policy[better], policy[worse], args.beta, args.gamma)
+    rewards = args.beta * (policy - reference).detach()
+    margin = rewards[better] - rewards[worse]
+    pairs = {
+        "loss": losses, "accuracy": (margin > 0).float(), "margin": margin, "chosen_rewards": rewards[better],
+        "rejected_rewards": rewards[worse], "chosen_logps": policy[better].detach(), "rejected_logps": policy[worse].detach(),
+    }  # fmt: skip
+    return {name: (batch["weight"] * values).sum() for name, values in pairs.items()}
+
+
+# --- copied from lora.py: LoRALinear ---
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.base(x)  # W0 x
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # A x: (..., in) -> (..., r)
+        # W0 x + s B (A x) as one product that adds to y: no second (..., out) tensor for the sum
+        flat = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.to(x.dtype).T, alpha=self.scaling)
+        return flat.view_as(y)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
+        return self.base
+# --- end ---
+
+
+# --- copied from lora.py: putting LoRA on a model ---
+def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
+    model.requires_grad_(False)
+    for name, layer in common.linear_layers(model, targets).items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def adapter_tensors(model) -> dict[str, nn.Parameter]:
+    """What is trained, under the names that PEFT gives it."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+    return tensors
+# --- end ---
+
+
+# --- copied from sft.py: what trains ---
+def add_training_flags(parser) -> None:
+    add = parser.add_argument_group("what trains").add_argument
+    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R", help="train a LoRA adapter of this rank; 0 trains every parameter")
+    add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
+    parser.set_defaults(dropout=0.0, rslora=False)
+
+
+def load_trained(args, dtype: torch.dtype, device: torch.device):
+    """The model of --model: with a LoRA on frozen weights in dtype, or with float32 masters of every parameter."""
+    lora = args.rank or args.adapter
+    if lora and args.offload:
+        raise common.UserError("--offload is for training every parameter: leave out --lora-rank and --adapter")
+    place = torch.device("cpu") if dist.is_initialized() and not lora else device  # FSDP2 takes block after block to the GPU
+    model = common.load_model(args, dtype, place, weight_dtype=dtype if lora else torch.float32)
+    if args.adapter:
+        load_lora(model, args)
+    elif args.rank:
+        add_lora(model, args.targets, args.rank, args.alpha)
+    common.checkpoint_blocks(model, args)
+    if not lora:
+        common.parallelize(model, dtype, device, args.offload)
+    common.say("{:,} of {:,} parameters train".format(*common.count_parameters(model)))
+    return model
+
+
+def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
+    """What was trained: an adapter in PEFT's form, or a Hugging Face folder."""
+    if lora_layers(model):
+        save_lora(args, model, tokenizer)
+    else:
+        common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
+# --- end ---
+
+
+@contextmanager
+def adapter_at_start(model, start: dict):
+    """For the time of a with block the adapter is as training found it: the copy in start, or off where there is none."""
+
+    def exchange():
+        for layer, kept in start.items():
+            for i, p in enumerate((layer.lora_A, layer.lora_B)):
+                p.data, kept[i] = kept[i], p.data
+
+    fresh = [layer for layer in lora_layers(model).values() if layer not in start]
+    exchange()
+    for layer in fresh:
+        layer.forward = layer.base.forward
+    try:
+        yield
+    finally:
+        exchange()
+        for layer in fresh:
+            del layer.forward
+
+
+def lora_reference(args, model):
+    """-> reference(batch): answers' log-probabilities (D,) with the adapter as training found it. One model in memory."""
+    layers = lora_layers(model).values() if args.adapter else []
+    start = {layer: [layer.lora_A.detach().clone(), layer.lora_B.detach().clone()] for layer in layers}
+
+    def reference(batch: dict) -> torch.Tensor:
+        with torch.no_grad(), adapter_at_start(model, start):
+            return answer_logps(model, batch)[0]
+
+    return reference
+
+
+@torch.no_grad()
+def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
+    """-> reference(batch): answers' log-probabilities (D,) under a model that is not kept, from --output/reference.safetensors.
+    The file is written first unless it is there, of the same model and data. The first epoch's batches are those of training:
+    in bfloat16 an answer alone and the same in another batch differ by up to 0.3 nats."""
+    path, device = Path(args.output) / "reference.safetensors", corpus.device
+    rows = [corpus.planned_rows(), evaluation.rows() if evaluation else []]
+    about = [model.base_fingerprint, str(dtype), args.packing, corpus.digests, hashlib.sha256(str(rows).encode()).hexdigest()]
+    about, logps = {"about": json.dumps(about)}, None
+    if path.exists():
+        with safetensors.safe_open(path, "pt") as file:
+            logps = file.get_tensor("logps").to(device) if file.metadata() == about else None
+    if logps is None:
+        logps = torch.zeros(len(corpus.table), device=device)  # of each document of the table, in nats
+        model.eval()
+        for batch in tqdm([*corpus.deal(rows[0]), *corpus.deal(rows[1])], desc="reference", unit="batch", disable=common.rank() != 0):
+            logps[batch["document"]] = answer_logps(model, batch)[0]
+        if common.world_size() > 1:
+            dist.all_reduce(logps)  # each rank has its own batches
+        if common.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            common.save_into(path.parent, lambda folder: safetensors.torch.save_file({"logps": logps.cpu()}, folder / path.name, about))
+    return lambda batch: logps[batch["document"]]
+
+
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device, kind="preferences")
+    if args.inspect:
+        return corpus.show(tokenizer)
+    reference = None
+    if args.loss == "simpo":
+        reference = lambda batch: torch.zeros(len(batch["last"]), device=device)  # noqa: E731
+    elif args.reference:
+        other = common.load_model(argparse.Namespace(**vars(args) | {"model": args.reference}), dtype, device)
+        reference = kept_reference(args, other, corpus, evaluation, dtype)
+        del other
+    model = load_trained(args, dtype, device)
+    common.disable_dropout(model)
+    if reference is None:
+        reference = lora_reference(args, model) if lora_layers(model) else kept_reference(args, model, corpus, evaluation, dtype)
+
+    def measure() -> dict[str, float]:
+        return common.corpus_means(model, evaluation, lambda batch: figures(args, batch, *answer_logps(model, batch), reference(batch)))
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = common.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, measure)
+    run.begin()
+
+    for epoch, micro_batches, tokens, prompts in run.steps():
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums = {}
+        for batch in micro_batches:
+            start = reference(batch)  # (D,)
+            part = figures(args, batch, *answer_logps(model, batch), start)
+            (part["loss"] / prompts).backward()  # a mean over the prompts of the whole step, over micro-batches and ranks
+            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
+        if run.step == 0:
+            common.check_gradients(model)
+            if args.loss == "sigmoid" and not args.reference:
+                check_start(common.over_ranks(sums["loss"].item()) / prompts, dtype)
+        common.sum_gradients(parameters)  # over ranks, under torchrun
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
+
+    run.show_samples()
+    save_trained(args, model, tokenizer, dtype)
+    run.finish()
+    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
+
+
+def check_start(loss: float, dtype: torch.dtype) -> None:
+    """At step 0 the policy is the reference: h = 0, and the loss is ln 2 whatever beta and the label smoothing are."""
+    if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 0.05):
+        raise common.UserError(f"the loss at step 0 is {loss:.5f}, not ln 2: policy and reference differ (--reference names another on purpose)")
+
+
+# --- copied from lora.py: saving and loading LoRA ---
+def save_lora(args, model, tokenizer) -> None:
+    """The adapter in PEFT's form."""
+    config = {
+        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": args.dropout,
+        "target_modules": common.short_names(model, list(lora_layers(model))), "bias": "none",
+        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
+
+
+def load_lora(model, args) -> None:
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    config, tensors = common.load_adapter(args.adapter, model, "LORA")
+    beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
+    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
+        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
+    if unknown:
+        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
+    args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
+    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
+    common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
+# --- end ---
+
+
+def main(argv=None) -> None:
+    parser = common.make_parser(__doc__, output="runs/dpo", lr=None, data=[common.example("preferences.jsonl")])
+    add = parser.add_argument_group("DPO").add_argument
+    add("--beta", type=common.number(float, 0), default=None, help="how near the policy stays to the reference (default: 0.1; 2 with --loss simpo)")
+    add("--loss", choices=["sigmoid", "ipo", "simpo"], default="sigmoid", help="DPO's own, IPO's squared or SimPO's without a reference")
+    add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0, metavar="E", help="cDPO: the share of pairs whose label is wrong")
+    add("--gamma", type=common.number(float, 0), default=None, help="SimPO's margin (default: 1)")
+    add("--reference", metavar="NAME", help="the reference is this model (folder or Hub name) and not the start of training")
+    add_training_flags(parser)
+    args = parser.parse_args(argv)
+    if args.label_smoothing and args.loss != "sigmoid":
+        raise common.UserError("--label-smoothing is for --loss sigmoid")
+    if args.loss != "simpo" and args.gamma is not None or args.loss == "simpo" and args.reference:
+        raise common.UserError("--gamma is SimPO's alone, and --loss simpo has no --reference")
+    args.beta, args.gamma = args.beta or (2.0 if args.loss == "simpo" else 0.1), 1.0 if args.gamma is None else args.gamma
+    if args.lr is None:
+        args.lr = 2e-5 if args.rank or args.adapter else 1e-6
+    train(args)
+
+
+if __name__ == "__main__":
+    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; a shorter --max-length; "
+                  "--lora-rank 16; --offload; torchrun on more GPUs")  # fmt: skip
