@@ -681,8 +681,8 @@ class Corpus:
 
         document (D,): the number of each in the table. answer (N,): the document, of D, that each target belongs to.
         last (D,): where in the flattened row each document ends. better, worse (P,): the documents of each pair.
-        weight (P,): 2 / (K (K - 1)). margin (P,). best (C,): which of the N targets belong to best answers. prompt_targets and
-        prompt_index (M,): as targets and target_index, of the prompts, each once, in front of its best answer.
+        weight (P,): 2 / (K (K - 1)). margin (P,). best (C,): which of the N targets belong to best answers. other_targets and
+        other_index (M,): as targets and target_index, of all other tokens of the best answers' documents: the prompts.
         """
         firsts = np.cumsum([0, *map(len, rows[:-1])])
         pairs = [(first + i, first + j, 2 / (len(row) * (len(row) - 1)), self.margins[row[0]])
@@ -692,11 +692,11 @@ class Corpus:
         document = torch.tensor([document for row in rows for document in row])
         best = torch.isin(answer, torch.from_numpy(firsts)).nonzero()[:, 0]
         last = torch.tensor([start + len(x) - 1 for start, x in zip(starts, ids)])
-        prompts = [(starts[first], ids[first][: marks[first].argmax()]) for first in firsts]
-        prompt_targets = torch.from_numpy(np.concatenate([prompt[1:] for _, prompt in prompts]))
-        prompt_index = torch.from_numpy(np.concatenate([start + np.arange(len(prompt) - 1) for start, prompt in prompts]))
+        others = [np.flatnonzero(~marks[first][1:]) for first in firsts]  # each one position before its token
+        other_targets = torch.from_numpy(np.concatenate([ids[first][1:][positions] for first, positions in zip(firsts, others)]))
+        other_index = torch.from_numpy(np.concatenate([starts[first] + positions for first, positions in zip(firsts, others)]))
         return {"document": document, "answer": answer, "last": last, "better": better, "worse": worse, "weight": weight.float(),
-                "margin": margin.float(), "best": best, "prompt_targets": prompt_targets, "prompt_index": prompt_index}  # fmt: skip
+                "margin": margin.float(), "best": best, "other_targets": other_targets, "other_index": other_index}  # fmt: skip
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device; on CUDA from pinned memory, so that the host does not wait for the copy."""
@@ -1334,6 +1334,8 @@ def evaluating(model):
             yield
     finally:
         model.train(was_training)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # after a forward pass without a backward, its own parameters would stay gathered
 
 
 def corpus_means(model, corpus: Corpus, sums) -> dict[str, float]:

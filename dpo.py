@@ -224,7 +224,6 @@ def lora_reference(args, model):
     return reference
 
 
-@torch.no_grad()
 def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     """-> reference(batch): answers' log-probabilities (D,) under a model that is not kept, from --output/reference.safetensors.
     The file is written first unless it is there, of the same model and data. The first epoch's batches are those of training:
@@ -238,9 +237,9 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
             logps = file.get_tensor("logps").to(device) if file.metadata() == about else None
     if logps is None:
         logps = torch.zeros(len(corpus.table), device=device)  # of each document of the table, in nats
-        model.eval()
-        for batch in tqdm([*corpus.deal(rows[0]), *corpus.deal(rows[1])], desc="reference", unit="batch", disable=common.rank() != 0):
-            logps[batch["document"]] = answer_logps(model, batch)[0]
+        with common.evaluating(model):
+            for batch in tqdm([*corpus.deal(rows[0]), *corpus.deal(rows[1])], desc="reference", unit="batch", disable=common.rank() != 0):
+                logps[batch["document"]] = answer_logps(model, batch)[0]
         if common.world_size() > 1:
             dist.all_reduce(logps)  # each rank has its own batches
         if common.rank() == 0:

@@ -66,14 +66,14 @@ def figures(args, model, batch: dict, prompts_per_token: float) -> dict[str, tor
     divided by the step's prompts later on, it becomes the mean over the step's tokens."""
     targets, index = [batch["targets"]], [batch["target_index"]]
     if args.nll_on == "all":  # each prompt once, in front of its chosen answer
-        targets, index = [*targets, batch["prompt_targets"]], [*index, batch["prompt_index"]]
+        targets, index = [*targets, batch["other_targets"]], [*index, batch["other_index"]]
     logps = model.target_logps(targets=torch.cat(targets), target_index=torch.cat(index), **common.model_inputs(batch))
     answer, better, worse = batch["answer"], batch["better"], batch["worse"]  # (N,), (P,), (P,)
-    in_answers, in_prompts = logps[: len(answer)], logps[len(answer) :]  # (N,), (M,) or none
+    in_answers, others = logps[: len(answer)], logps[len(answer) :]  # (N,), (M,) or none
 
     zeros = logps.new_zeros(len(batch["last"]))  # (D,)
     mean_logps = zeros.index_add(0, answer, in_answers) / zeros.index_add(0, answer, torch.ones_like(in_answers))
-    nll = -(in_answers[batch["best"]].sum() + in_prompts.sum()) * prompts_per_token
+    nll = -(in_answers[batch["best"]].sum() + others.sum()) * prompts_per_token
     chosen_logps, rejected_logps = mean_logps[better], mean_logps[worse]
     odds_loss = (batch["weight"] * orpo_loss(chosen_logps, rejected_logps, lambda_=args.lambda_)).sum()
     pairs = {
@@ -87,7 +87,7 @@ def figures(args, model, batch: dict, prompts_per_token: float) -> dict[str, tor
 
 def nll_tokens(args, micro_batches: list[dict]) -> float:
     """Tokens that the NLL of a step is the mean over, of all ranks: of the chosen answers, and of the prompts with --nll-on all."""
-    return common.over_ranks(sum(len(batch["best"]) + len(batch["prompt_targets"]) * (args.nll_on == "all") for batch in micro_batches))
+    return common.over_ranks(sum(len(batch["best"]) + len(batch["other_targets"]) * (args.nll_on == "all") for batch in micro_batches))
 
 
 # --- copied from lora.py: LoRALinear ---

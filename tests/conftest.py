@@ -38,6 +38,14 @@ def own_cache(tmp_path_factory):
     os.environ["HF_DATASETS_CACHE"] = str(folder)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """--offload makes one in the test's own process."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def run_script(script: str, *args, env: dict | None = None, **options) -> subprocess.CompletedProcess:
     """A script as a user runs it: its own process, its output captured."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]

@@ -213,8 +213,3 @@ def test_a_checkpoint_loads_at_another_world_size(tmp_path):
     assert_same(load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors"), atol=2e-5)
     steps = [[entry["step"] for entry in read_metrics(tmp_path / name) if "loss" in entry] for name in ("one", "two")]
     assert steps[0] == steps[1] == list(range(1, 41))
-
-
-def test_lora_under_torchrun_is_refused(tmp_path):
-    run = run_script("lora.py", "--output", tmp_path / "x", env={"WORLD_SIZE": "2", "RANK": "0"})
-    assert run.returncode == 2 and run.stderr.startswith("error: this script runs in one process")
