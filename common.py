@@ -101,7 +101,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
     add("--output", help="folder for the result, metrics.jsonl and checkpoint/")
     add("--max-length", type=number(int, 2), default=1024, help="tokens a row; longer conversations are cut at their end, longer texts split")
     add("--batch-size", type=number(int, 1), default=4, help="rows in one forward pass on one device")
-    add("--grad-accum", type=number(int, 1), default=1, help="forward passes in one step: the gradient of a larger batch in the memory of a small one")
+    add("--grad-accum", type=number(int, 1), default=1,
+        help="forward passes in one step: the gradient of a larger batch in the memory of a small one")
     add("--epochs", type=number(int, 1), default=3, help="passes over the (weighted) rows")
     add("--max-steps", type=number(int, 0), help="optimizer steps, whatever --epochs says; 0 only evaluates and saves")
     add("--lr", type=number(float, 0), help="peak learning rate")
@@ -368,7 +369,8 @@ def parse_prompt(row: dict, where: str) -> tuple[list[dict], list[dict]]:
             raise UserError(f"{where}: raw text has no prompt to answer")
     answers = [conversation.pop()] if conversation[-1]["role"] == "assistant" else []
     if not conversation or conversation[-1]["role"] != "user":
-        raise UserError(f"{where}: a prompt ends with the user's turn" + (f", this one with the {conversation[-1]['role']}'s" if conversation else ""))
+        last = f", this one with the {conversation[-1]['role']}'s" if conversation else ""
+        raise UserError(f"{where}: a prompt ends with the user's turn{last}")
     return conversation, answers
 
 
@@ -644,7 +646,7 @@ class Corpus:
         for first in range(rank() * size, len(rows) + rank() * size, size * world_size()):
             batch = self.collate(rows[first : first + size] or rows[:1])
             if first >= len(rows):
-                batch |= {name: value[:0] for name, value in batch.items() if name not in ("input_ids", "position_ids", "attention_mask", "documents")}
+                batch = {name: value[:0] for name, value in batch.items()} | model_inputs(batch)
             yield batch
 
     def collate(self, rows: list[list[int]]) -> dict:
@@ -879,6 +881,8 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
         if args.packing:
             choose_packed_attention(model, exact=dtype == torch.float32)
         if head == "lm":
+            if model.base_model is model:  # Llama 4's text model names itself
+                raise UserError(f"{type(model).__name__} has no backbone apart from its head, which the loss here needs")
             # a bound method, because FSDP2 gathers weights only around methods it knows (register_fsdp_forward_method)
             model.target_logps = types.MethodType(target_logps, model)
             check_head(model, exact=dtype == torch.float32)
@@ -1253,11 +1257,13 @@ def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor],
         own[name].copy_(tensor)
 
 
-def say_how_to_use(args, adapter: bool = True, script: str = "lora.py") -> None:
-    """The last lines of a run: where its result lies, and commands that use it as they stand. script: what merges the adapter."""
+def say_how_to_use(args, adapter: bool = True, script: str | None = "lora.py") -> None:
+    """The last lines of a run: where its result lies, and commands that use it as they stand. script: what merges the adapter,
+    None if nothing does."""
     remote = ", trust_remote_code=True" * args.trust_remote_code
     question = "'Hello'" if args.template == "none" else "[dict(role='user', content='Hello')]"
-    plain = "t.pipeline('text-generation', '{}'" + remote + f")({question}, max_new_tokens=50)[0]['generated_text']" + "[-1]" * (args.template != "none")
+    plain = "t.pipeline('text-generation', '{}'" + remote + f")({question}, max_new_tokens=50)[0]['generated_text']"
+    plain += "[-1]" * (args.template != "none")  # the last message of the conversation
     if not adapter:
         say(f"""
 The model lies in {args.output}. Answer with it:
@@ -1265,14 +1271,18 @@ The model lies in {args.output}. Answer with it:
         return
     merged = f"{args.output}-merged"
     again = ["python", script, "--model", f"{args.output}/base" if args.model == "tiny" else args.model, "--adapter", args.output]
-    again += ["--eval-fraction", "0", "--samples", "0", "--max-steps", "0", "--merge", "--output", merged] + ["--trust-remote-code"] * args.trust_remote_code
+    again += ["--eval-fraction", "0", "--samples", "0", "--max-steps", "0", "--merge", "--output", merged]
+    again += ["--trust-remote-code"] * args.trust_remote_code
     if args.template:
         again += ["--template", "none" if args.template == "none" else f"{args.output}/chat_template.jinja"]
     load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'{remote})"
     through_peft = plain.format(args.output).replace(f"'{args.output}'{remote}", f"model, tokenizer='{args.output}'")
     say(f"""
 The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
-  python -c "{load}; print({through_peft})"
+  python -c "{load}; print({through_peft})\"""")
+    if script is None:  # keys, values and embeddings in front of the text cannot be merged into weights
+        return
+    say(f"""\
 Merge it into its base, and answer with that, which needs no PEFT:
   {shlex.join(again)}
   python -c "import transformers as t; print({plain.format(f'{merged}/merged')})\"""")
@@ -1412,8 +1422,10 @@ class Run:
     """
 
     # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
-    MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
-            "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "trust_remote_code"}  # fmt: skip
+    MAY_DIFFER = {
+        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size", "grad_accum",
+        "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "offload", "trust_remote_code",
+    }  # fmt: skip
 
     STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
 
@@ -1610,7 +1622,8 @@ class Run:
             return False
         folder = self.checkpoints()[-1]
         try:
-            damaged = [name for name, digest in json.loads((folder / "manifest.json").read_text()).items() if file_digest(folder / Path(name).name) != digest]
+            manifest = json.loads((folder / "manifest.json").read_text())
+            damaged = [name for name, digest in manifest.items() if file_digest(folder / Path(name).name) != digest]
         except (OSError, ValueError) as error:
             raise UserError(f"--resume: {folder} is damaged: {error}")
         if damaged:

@@ -156,7 +156,8 @@ def adapter_tensors(model) -> dict[str, nn.Parameter]:
 # --- copied from sft.py: what trains ---
 def add_training_flags(parser) -> None:
     add = parser.add_argument_group("what trains").add_argument
-    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R", help="train a LoRA adapter of this rank; 0 trains every parameter")
+    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
+        help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")

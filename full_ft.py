@@ -151,7 +151,8 @@ def train(args) -> None:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/full_ft", lr=1e-5)
     add = parser.add_argument_group("full fine-tuning").add_argument
-    add("--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw", help="8-bit states are bitsandbytes'; paged ones move to the host under pressure")
+    add("--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw",
+        help="8-bit states are bitsandbytes'; paged ones move to the host under pressure")
     add("--step-in-backward", action="store_true", help="each parameter steps in the backward pass and frees its gradient")
     add("--offload", action="store_true", help="keep weights, gradients and states in host memory (FSDP2), also on one GPU")
     add("--pure-bfloat16", action="store_true", help="no float32 masters: 4 to 8 bytes a parameter, but small updates are lost")

@@ -159,10 +159,9 @@ def train(args) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = common.decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-
-    # --- copied from lora.py: training loop ---
     for epoch, micro_batches, tokens, targets in run.steps():
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
@@ -184,7 +183,7 @@ def train(args) -> None:
     run.show_samples()
     save_prefix(args, model, tokenizer)
     run.finish()
-    say_how_to_use(args)
+    common.say_how_to_use(args, script=None)
 
 
 def save_prefix(args, model, tokenizer) -> None:
@@ -208,22 +207,6 @@ def load_prefix(model, args) -> None:
     add_prefix(model, start.view(-1, *like.shape[1:]), args.hidden if args.reparameterize else 0, args.max_length)
 
 
-# --- copied from prompt_tuning.py: how to use it ---
-def say_how_to_use(args) -> None:
-    """The last lines of a run: where its result lies, and a command that uses it as it stands."""
-    folder = f"'{args.output}'" + ", trust_remote_code=True" * args.trust_remote_code
-    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained({folder})"
-    ask = "'Hello'" if args.template == "none" else "[dict(role='user', content='Hello')]"
-    pipe = f"t.pipeline('text-generation', model, tokenizer='{args.output}')"
-    answer = f"{pipe}({ask}, max_new_tokens=50, do_sample=False)"
-    common.say(f"""
-The adapter lies in {args.output}. Answer with it through PEFT (pip install peft); there is nothing to merge:
-  python -c "{load}; print({answer}[0]['generated_text'])\"""")
-
-
-# --- end ---
-
-
 def check_flags(args) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
     if args.packing:
@@ -232,19 +215,23 @@ def check_flags(args) -> None:
         flag = "--checkpoint-blocks" if args.checkpoint_blocks else "--gradient-checkpointing"
         lost = f"{flag}: transformers drops the prefix where it recomputes blocks"
         raise common.UserError(f"{lost}: use a smaller --batch-size with more --grad-accum")
-    if args.init_text is not None and args.adapter:
-        raise common.UserError("--init-text: --adapter brings its own prefix: leave out one")
+    for flag, value in (("--init-text", args.init_text), ("--prefix-length", args.prefix_length)):
+        if value is not None and args.adapter:
+            raise common.UserError(f"{flag}: --adapter brings its own prefix: leave out one")
+    if args.hidden is not None and not args.reparameterize:
+        raise common.UserError("--hidden: --no-reparameterize has no MLP: leave out one")
+    args.prefix_length, args.hidden = args.prefix_length or 20, args.hidden or 512
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/prefix_tuning", lr=3e-4, packing=False)
     add = parser.add_argument_group("prefix tuning").add_argument
-    add("--prefix-length", type=common.number(int, 1), default=20, help="P, trained keys and values in each layer")
+    add("--prefix-length", type=common.number(int, 1), default=None, help="P, trained keys and values in each layer (default: 20)")
     add("--init-text", metavar="TEXT",
         help="start as if the base had read this text, repeated or cut to P tokens; default: sampled tokens")
     add("--reparameterize", action=argparse.BooleanOptionalAction, default=True,
         help="train through an MLP; without it the prefix itself, which is P-Tuning v2")
-    add("--hidden", type=common.number(int, 1), default=512, help="width of the MLP")
+    add("--hidden", type=common.number(int, 1), default=None, help="width of the MLP (default: 512)")
     add("--adapter", metavar="FOLDER", help="go on from this prefix, ours or PEFT's; its length holds")
     train(parser.parse_args(argv))
 

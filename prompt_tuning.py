@@ -128,10 +128,9 @@ def train(args) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = common.decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-
-    # --- copied from lora.py: training loop ---
     for epoch, micro_batches, tokens, targets in run.steps():
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
@@ -153,7 +152,7 @@ def train(args) -> None:
     run.show_samples()
     save_prompt(args, model, tokenizer)
     run.finish()
-    say_how_to_use(args)
+    common.say_how_to_use(args, script=None)
 
 
 def save_prompt(args, model, tokenizer) -> None:
@@ -177,40 +176,26 @@ def load_prompt(model, args) -> None:
     common.fill_adapter({"prompt_embeddings": model.prompt.embeddings}, tensors, args.adapter)
 
 
-# --- how to use it ---
-def say_how_to_use(args) -> None:
-    """The last lines of a run: where its result lies, and a command that uses it as it stands."""
-    folder = f"'{args.output}'" + ", trust_remote_code=True" * args.trust_remote_code
-    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained({folder})"
-    ask = "'Hello'" if args.template == "none" else "[dict(role='user', content='Hello')]"
-    pipe = f"t.pipeline('text-generation', model, tokenizer='{args.output}')"
-    answer = f"{pipe}({ask}, max_new_tokens=50, do_sample=False)"
-    common.say(f"""
-The adapter lies in {args.output}. Answer with it through PEFT (pip install peft); there is nothing to merge:
-  python -c "{load}; print({answer}[0]['generated_text'])\"""")
-
-
-# --- end ---
-
-
 def check_flags(args) -> None:
     """Refuse what cannot be meant, before anything is loaded."""
     if args.packing:
         raise common.UserError("--packing: each row carries its own prompt, so rows are padded instead: leave it out")
-    if args.init == "text" and args.init_text is None and not args.adapter:
+    for flag, value in (("--init", args.init), ("--init-text", args.init_text), ("--prompt-length", args.prompt_length)):
+        if value is not None and args.adapter:
+            raise common.UserError(f"{flag}: --adapter brings its own prompt: leave out one")
+    if args.init == "text" and args.init_text is None:
         raise common.UserError("--init text needs --init-text TEXT")
-    if args.init_text is not None and args.adapter:
-        raise common.UserError("--init-text: --adapter brings its own prompt: leave out one")
     if args.init_text is not None and args.init != "text":
         raise common.UserError("--init-text: it needs --init text")
+    args.prompt_length, args.init = args.prompt_length or 20, args.init or "vocab"
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/prompt_tuning", lr=1e-2, packing=False)
     add = parser.add_argument_group("prompt tuning").add_argument
-    add("--prompt-length", type=common.number(int, 1), default=20, help="p, trained vectors before every text")
-    add("--init", choices=["vocab", "text", "random"], default="vocab",
-        help="their start: sampled embeddings, --init-text's, or uniform")
+    add("--prompt-length", type=common.number(int, 1), default=None, help="p, trained vectors before every text (default: 20)")
+    add("--init", choices=["vocab", "text", "random"], default=None,
+        help="their start: sampled embeddings (default), --init-text's, or uniform")
     add("--init-text", metavar="TEXT",
         help="for --init text: its tokens' embeddings, repeated or cut to --prompt-length")
     add("--adapter", metavar="FOLDER", help="go on from this prompt, ours or PEFT's; its length holds")

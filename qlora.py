@@ -226,10 +226,9 @@ def train(args) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = common.decay_groups(model, args.weight_decay)
     optimizer = make_optimizer(groups, args, device)
+    # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-
-    # --- copied from lora.py: training loop ---
     for epoch, micro_batches, tokens, targets in run.steps():
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
