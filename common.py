@@ -940,14 +940,25 @@ def short_names(model, adapted: list[str]) -> list[str]:
 def parallelize(model, dtype: torch.dtype, device: torch.device, offload: bool = False, method: str = "target_logps") -> None:
     """Prepare a model that trains all its parameters, float32 masters, to compute in dtype through `method`.
 
-    In one process: autocast. Under torchrun or with offload FSDP2 (ZeRO-3): each rank keeps 1/W of every parameter in float32;
-    a block is gathered in dtype just before it runs and freed after; gradients are summed over ranks, not averaged. With
-    offload the shards, and with them gradients and optimizer states, lie in host memory.
+    In one process: autocast. Under torchrun or with offload: `shard`.
     """
-    if not dist.is_initialized():
-        if dtype != model.dtype:  # uncached, as each weight is used once
-            setattr(model, method, torch.autocast(device.type, dtype=dtype, cache_enabled=False)(getattr(model, method)))
-        return
+    if dist.is_initialized():
+        shard(model, dtype, device, offload, method)
+    elif dtype != model.dtype:  # uncached, as each weight is used once
+        setattr(model, method, torch.autocast(device.type, dtype=dtype, cache_enabled=False)(getattr(model, method)))
+
+
+def check_shard(args) -> None:
+    if args.shard and world_size() == 1:
+        raise UserError("--shard divides the frozen weights among the ranks of torchrun: there is one process here")
+    if args.shard and getattr(args, "merge", False):
+        raise UserError("--merge needs whole weights: leave out --shard, or merge afterwards with --adapter and --max-steps 0")
+
+
+def shard(model, dtype: torch.dtype, device: torch.device, offload: bool = False, method: str = "target_logps") -> None:
+    """FSDP2 (ZeRO-3): each of W ranks keeps 1/W of every parameter, frozen ones too. A block is gathered in dtype just before it
+    runs and freed after; gradients are summed over ranks, not averaged. With offload the shards, and with them gradients and
+    optimizer states, lie in host memory."""
     options = {"mesh": init_device_mesh(device.type, (world_size(),))}
     options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if offload:
@@ -1169,6 +1180,14 @@ def model_inputs(batch: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------- 8. Files
 
 
+def unsharded(value):
+    """A parameter or an optimizer state, gathered from all ranks if it is sharded; on the CPU, and on rank 0 alone."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().cpu().contiguous() if rank() == 0 else None
+
+
 def save_into(folder: Path, write) -> None:
     """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file."""
     temporary = folder / f".saving.{os.getpid()}"
@@ -1216,8 +1235,9 @@ def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.
     base = str(where.resolve()) if args.model == "tiny" or where.exists() else args.model  # a Hub name stays as it is
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True, "base_fingerprint": model.base_fingerprint} | config
 
+    tensors_on_cpu = {name: unsharded(tensor) for name, tensor in tensors.items()}
+
     def write(folder: Path) -> None:
-        tensors_on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(tensors_on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         tokenizer.save_pretrained(folder)
@@ -1262,7 +1282,7 @@ def say_how_to_use(args, adapter: bool = True, script: str | None = "lora.py") -
     None if nothing does."""
     remote = ", trust_remote_code=True" * args.trust_remote_code
     question = "'Hello'" if args.template == "none" else "[dict(role='user', content='Hello')]"
-    plain = "t.pipeline('text-generation', '{}'" + remote + f")({question}, max_new_tokens=50)[0]['generated_text']"
+    plain = "t.pipeline('text-generation', '{}'" + remote + f")({question}, max_new_tokens=50, do_sample=False)[0]['generated_text']"
     plain += "[-1]" * (args.template != "none")  # the last message of the conversation
     if not adapter:
         say(f"""
@@ -1396,14 +1416,6 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def unsharded(value):
-    """A parameter or an optimizer state, gathered from all ranks if it is sharded; on the CPU, and on rank 0 alone."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.detach().cpu().contiguous() if rank() == 0 else None
 
 
 def sharded_like(p, value):

@@ -134,12 +134,15 @@ def train(args) -> None:
     corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
     if args.inspect:
         return corpus.show(tokenizer)
-    model = common.load_model(args, dtype, device)
+    common.check_shard(args)
+    model = common.load_model(args, dtype, torch.device("cpu") if args.shard else device)  # FSDP2 takes block after block to the GPU
     if args.adapter:
         load_dora(model, args)
     else:
         add_dora(model, args.targets, args.rank, args.alpha, args.dropout)
     common.checkpoint_blocks(model, args)
+    if args.shard:
+        common.shard(model, dtype, device)
     trainable, total = common.count_parameters(model)
     common.say(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), in {len(dora_layers(model))} layers")
 
@@ -216,6 +219,7 @@ def main(argv=None) -> None:
     add("--dropout", type=common.number(float, 0, 1), default=0.0, help="on the update's input")
     add("--targets", default="all-linear", help="all-linear (but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="go on from this DoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--shard", action="store_true", help="under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     add("--merge", action="store_true", help="also write the merged model to --output/merged")
     train(parser.parse_args(argv))
 

@@ -162,6 +162,7 @@ def add_training_flags(parser) -> None:
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
+    add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
 
 
@@ -170,7 +171,9 @@ def load_trained(args, dtype: torch.dtype, device: torch.device):
     lora = args.rank or args.adapter
     if lora and args.offload:
         raise common.UserError("--offload is for training every parameter: leave out --lora-rank and --adapter")
-    place = torch.device("cpu") if dist.is_initialized() and not lora else device  # FSDP2 takes block after block to the GPU
+    common.check_shard(args)
+    whole = not dist.is_initialized() or lora and not args.shard
+    place = device if whole else torch.device("cpu")  # FSDP2 takes block after block to the GPU
     model = common.load_model(args, dtype, place, weight_dtype=dtype if lora else torch.float32)
     if args.adapter:
         load_lora(model, args)
@@ -179,6 +182,8 @@ def load_trained(args, dtype: torch.dtype, device: torch.device):
     common.checkpoint_blocks(model, args)
     if not lora:
         common.parallelize(model, dtype, device, args.offload)
+    elif args.shard:
+        common.shard(model, dtype, device)
     common.say("{:,} of {:,} parameters train".format(*common.count_parameters(model)))
     return model
 

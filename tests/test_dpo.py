@@ -246,16 +246,3 @@ def test_dropout_is_off(tmp_path):
 def test_flags_that_would_do_nothing_are_refused(more, message, tmp_path):
     with pytest.raises(common.UserError, match=message):
         dpo.main(flags(tmp_path, "run", *more))
-
-
-@pytest.mark.parametrize("more", [[], ["--lora-rank", "4"]])
-def test_two_ranks_equal_one(more, tmp_path):
-    few = [*flags(tmp_path, "one", *more, "--grad-accum", 2), "--batch-size", "2", "--lr", "1e-5", "--eval-fraction", "0"]
-    dpo.main(few)
-    two = [*few, "--output", str(tmp_path / "two"), "--grad-accum", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "dpo.py"), *two]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    name = "adapter_model.safetensors" if more else "model.safetensors"
-    one, two = (load_file(tmp_path / run / name) for run in ("one", "two"))
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)

@@ -265,14 +265,3 @@ def test_as_a_newcomer_runs_it(tmp_path):
 def test_inspect_writes_nothing(tmp_path):
     run = run_script("lora.py", "--inspect", "--output", tmp_path / "out")
     assert run.returncode == 0 and "TARGET" in run.stdout and "context" in run.stdout and not (tmp_path / "out").exists()
-
-
-def test_two_ranks_train_the_adapter_of_one_process(tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": c, "completion": c * n} for c in "abcd" for n in (1, 5, 9)])
-    few = ["--data", data, "--max-steps", "3", "--lr", "1e-4", "--no-packing", "--samples", "0"]
-    lora.main([*few, "--output", str(tmp_path / "one"), "--batch-size", "3", "--grad-accum", "2"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "lora.py")]
-    subprocess.run([*command, *few, "--output", str(tmp_path / "two"), "--batch-size", "3"], check=True, capture_output=True, timeout=300)
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)

@@ -121,14 +121,3 @@ def test_the_split_into_micro_batches_changes_no_gradient(tmp_path):
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
         torch.testing.assert_close(a[key], c[key], rtol=0, atol=1e-6)
-
-
-def test_two_ranks_equal_one(tmp_path):
-    few = [*flags(tmp_path, "one"), "--grad-accum", "2", "--lr", "1e-5", "--eval-fraction", "0"]
-    orpo.main(few)
-    two = [*few, "--output", str(tmp_path / "two"), "--grad-accum", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "orpo.py"), *two]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-6)
