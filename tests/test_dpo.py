@@ -1,8 +1,6 @@
 """dpo.py: its losses against TRL and closed forms, the reference in its three places, and whole runs."""
 
 import math
-import subprocess
-import sys
 import types
 
 import datasets
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import trl
-from conftest import ROOT, read_metrics, write_rows
+from conftest import read_metrics, write_rows
 from safetensors.torch import load_file
 from trl.experimental.cpo import CPOTrainer
 

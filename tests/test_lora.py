@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, read_metrics, run_script, write_rows
-from safetensors.torch import load_file
 from torch import nn
 
 import common

@@ -1,14 +1,12 @@
 """orpo.py: its loss against TRL's and closed forms, stable at both ends, and whole runs."""
 
 import math
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_metrics, write_rows
+from conftest import read_metrics, write_rows
 from safetensors.torch import load_file
 from test_dpo import PAIRS, arguments, one_batch
 from trl.experimental.orpo import ORPOTrainer
