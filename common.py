@@ -119,6 +119,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
     add("--patience", type=number(int, 0), default=0, metavar="N",
         help="stop after N evaluations without a lower held-out loss, and keep the weights of the lowest; 0 never does")
     add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
+    add("--keep", type=number(int, 1), default=1, metavar="N", help="how many complete checkpoints stay, the newest ones")
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
     add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
@@ -1165,16 +1166,49 @@ def model_inputs(batch: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------- 8. Files
 
 
+def sync(*paths: Path) -> None:
+    """Wait until files, and the names in folders, are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def unfinished(folder: Path):
+    """-> a temporary folder in the folder, for the time of a with block. Nothing stays of it where something cannot be written."""
+    temporary = folder / ".unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if type(error) in (Exception, RuntimeError, safetensors.SafetensorError):  # of tokenizers, torch, safetensors: a full disk
+            raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from error
+        raise
+
+
 def save_into(folder: Path, write) -> None:
     """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file."""
-    temporary = folder / f".saving.{os.getpid()}"
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
+    with unfinished(folder) as temporary:
         write(temporary)
-        for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
-    finally:
+        sync(*temporary.rglob("*"), temporary)
+        for path in sorted(temporary.rglob("*")):
+            place = folder / path.relative_to(temporary)
+            place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
+        sync(folder)
         shutil.rmtree(temporary)
+
+
+def remove(folder: Path) -> None:
+    """Its name goes first: a run killed meanwhile leaves nothing half-deleted under a name that means it is whole."""
+    doomed = folder.with_name(".unfinished")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def save_trained(folder: Path, model, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
@@ -1408,13 +1442,14 @@ class Run:
     """The bookkeeping of a run: where it stands, what it logs, what it saves. Two places in --output:
 
     metrics.jsonl   a line for the run, one for each logged step and each evaluation, and a last one {"done": true}
-    checkpoint/     step-N folders, the last complete one kept: trained weights, optimizer, state, SHA-256 of each file
+    checkpoint/     step-N folders, the last --keep complete ones: trained weights, optimizer, state, SHA-256 of each file
     """
 
     # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
     MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
             "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
+    FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
     STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
 
     def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, measure=None, show=None):
@@ -1449,11 +1484,13 @@ class Run:
     def open_metrics(self, resumed: bool) -> None:
         """Begin metrics.jsonl; on --resume cut it back to the checkpoint, so that no step stands in it twice."""
         self.output.mkdir(parents=True, exist_ok=True)
+        for folder in (self.output, self.output / "checkpoint"):
+            shutil.rmtree(folder / ".unfinished", ignore_errors=True)
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if resumed and self.metrics.exists() else []
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         entries = [e for e in entries if "run" in e or "done" not in e and e["step"] <= self.step]
-        if not resumed:
-            shutil.rmtree(self.output / "checkpoint", ignore_errors=True)  # of a finished run: see __init__
+        if not resumed and (self.output / "checkpoint").exists():
+            remove(self.output / "checkpoint")  # of a finished run: see __init__
         if not entries:
             trainable, parameters = count_parameters(self.model)
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
@@ -1545,32 +1582,28 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first: a folder gets its name only when everything in it is on the disk."""
-        return sorted((self.output / "checkpoint").glob("step-*"))
+        return sorted((self.output / "checkpoint").glob("step-" + 8 * "[0-9]"))
 
     def save_checkpoint(self) -> None:
-        """Everything by parameter name and unsharded, so that any number of ranks can load it; then the one before goes."""
+        """Everything by parameter name and unsharded, so that any number of ranks can load it; then the oldest beyond --keep go."""
         weights = {name: unsharded(p) for p, name in self.trained.items()}
         states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
         optimizer = {self.trained[p]: {key: unsharded(value) for key, value in state.items()} for p, state in states}
         if rank() != 0:
             return
         state = {name: getattr(self, name) for name in self.STATE} | {"identity": self.identity}
-        final, temporary = self.output / "checkpoint" / f"step-{self.step:08d}", self.output / "checkpoint" / ".unfinished"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        safetensors.torch.save_file(weights, temporary / "weights.safetensors")
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        torch.save({"optimizer": optimizer, "random": torch.get_rng_state(), "cuda_random": cuda}, temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        (temporary / "manifest.json").write_text(json.dumps({path.name: file_digest(path) for path in temporary.iterdir()}))
-        for path in [*temporary.iterdir(), temporary]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in self.checkpoints()[:-1]:
-            shutil.rmtree(old)
+        folder = self.output / "checkpoint"
+        with unfinished(folder) as temporary:
+            safetensors.torch.save_file(weights, temporary / "weights.safetensors")
+            cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+            torch.save({"optimizer": optimizer, "random": torch.get_rng_state(), "cuda_random": cuda}, temporary / "optimizer.pt")
+            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            (temporary / "manifest.json").write_text(json.dumps({name: file_digest(temporary / name) for name in self.FILES}))
+            sync(*temporary.iterdir(), temporary)
+            os.replace(temporary, folder / f"step-{self.step:08d}")
+            sync(folder)
+        for old in self.checkpoints()[: -self.args.keep]:
+            remove(old)
 
     def enough(self) -> bool:
         return bool(self.args.patience) and self.stale >= self.args.patience
@@ -1603,18 +1636,26 @@ class Run:
             for p, name in self.trained.items():
                 p.copy_(sharded_like(p, weights.get_tensor(name)))
 
+    def damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, None if every byte of it is as it was written. Only names in FILES are opened."""
+        try:
+            digests = json.loads((folder / "manifest.json").read_text())
+            return next((f"{folder / name} is damaged: its checksum does not match" for name in self.FILES
+                         if file_digest(folder / name) != digests[name]), None)  # fmt: skip
+        except (ValueError, TypeError, KeyError) as error:
+            return f"{folder / 'manifest.json'} is damaged: {error!r}"
+        except OSError as error:
+            return f"{folder} is damaged: {error}"
+
     def load_checkpoint(self) -> bool:
         """Go on from the last checkpoint, if every byte of it is as it was written and the run is the same."""
         if not self.checkpoints():
             say(f"--resume: no checkpoint in {self.output}, starting at step 0")
             return False
-        folder = self.checkpoints()[-1]
-        try:
-            damaged = [name for name, digest in json.loads((folder / "manifest.json").read_text()).items() if file_digest(folder / Path(name).name) != digest]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--resume: {folder} is damaged: {error}")
-        if damaged:
-            raise UserError(f"--resume: {folder / damaged[0]} is damaged: its checksum does not match")
+        *before, folder = self.checkpoints()
+        if damage := self.damage(folder):
+            way_out = f"go on from {before[-1].name}" if before else "begin anew: there is no other (--keep 2 would keep one more)"
+            raise UserError(f"--resume: {damage}. Delete {folder} to {way_out}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for name in self.identity.keys() | state["identity"].keys():
             was, now = state["identity"].get(name), self.identity.get(name)
