@@ -22,6 +22,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -1449,9 +1450,9 @@ class Run:
     checkpoint/     step-N folders, the last --keep complete ones: trained weights, optimizer, state, SHA-256 of each file
     """
 
-    # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
-    MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
-            "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "trust_remote_code"}  # fmt: skip
+    # Flags that may differ on --resume. The base model, the data, the adapter and the rows of a step are compared by content.
+    MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "keep",
+            "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
     STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
@@ -1472,6 +1473,8 @@ class Run:
         documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
         self.identity |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in self.MAY_DIFFER}
+        if getattr(args, "adapter", None):  # where training began is the reference of some losses
+            self.identity["adapter"] = file_digest(Path(args.adapter) / "adapter_model.safetensors")
         self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
         self.metrics = self.output / "metrics.jsonl"
         if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text() if self.metrics.exists() else ""):
@@ -1661,11 +1664,16 @@ class Run:
             way_out = f"go on from {before[-1].name}" if before else "begin anew: there is no other (--keep 2 would keep one more)"
             raise UserError(f"--resume: {damage}. Delete {folder} to {way_out}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state.keys() != {*self.STATE, "identity"}:
+            raise UserError(f"--resume: {folder} was written by another version of common.py")
         for name in self.identity.keys() | state["identity"].keys():
             was, now = state["identity"].get(name), self.identity.get(name)
             if was != now:
                 raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
-        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)  # read where it is used
+        try:  # read where it is used; a pickle of anything but tensors and plain values is not loaded
+            saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise UserError(f"--resume: {folder / 'optimizer.pt'} is not what a run writes: {str(error).splitlines()[0]}")
         self.load_weights(folder / "weights.safetensors")
         for optimizer in self.optimizers:
             restored, order = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
