@@ -1565,8 +1565,7 @@ class Run:
         if grad_norm is not None:
             norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
         if not math.isfinite(self.window["loss"]) or not math.isfinite(norm or 0):  # nothing was saved since the bad step
-            good = f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "there is no checkpoint yet"
-            raise UserError(f"step {self.step}: the loss or the gradient norm ({norm}) is not finite; {good}. Try a lower --lr, or --dtype float32")
+            self.stop_not_finite(f"the loss or the gradient norm ({norm})")
         if log:
             means, now = {name: value / self.window_count for name, value in self.window.items()}, time.perf_counter()
             speed = (self.tokens - self.clock_tokens) / (now - self.clock)
@@ -1587,6 +1586,10 @@ class Run:
             sys.exit(128 + self.signal)
         self.clock += time.perf_counter() - paused  # tokens a second are of training alone
 
+    def stop_not_finite(self, what: str):
+        good = f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "there is no checkpoint yet"
+        raise UserError(f"step {self.step}: {what} is not finite; {good}. Try a lower --lr, or --dtype float32")
+
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first: a folder gets its name only when everything in it is on the disk."""
         return sorted((self.output / "checkpoint").glob("step-" + 8 * "[0-9]"))
@@ -1598,6 +1601,9 @@ class Run:
         optimizer = {self.trained[p]: {key: unsharded(value) for key, value in state.items()} for p, state in states}
         if rank() != 0:
             return
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():  # after a gradient whose norm nothing has read
+                self.stop_not_finite(name)
         state = {name: getattr(self, name) for name in self.STATE} | {"identity": self.identity}
         folder = self.output / "checkpoint"
         with unfinished(folder) as temporary:
