@@ -145,6 +145,8 @@ def launch(main, out_of_memory: str) -> None:
     except OSError as error:  # a full disk, a read-only folder: the checkpoint before is untouched
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the run has begun: there is nothing to save
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
