@@ -1277,6 +1277,11 @@ def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, to
         raise UserError(f"--adapter {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
     if not isinstance(config, dict) or config.get("peft_type") != peft_type:
         raise UserError(f"--adapter {folder}: not a {peft_type} adapter")
+    if scalars := [name for name, tensor in tensors.items() if tensor.dim() == 0]:
+        raise UserError(f"--adapter {folder}: {scalars[0]} is a single number, and no adapter's tensor")
+    for key in ("r", "lora_alpha") if peft_type == "LORA" else ():
+        if type(config.get(key)) not in (int, float) or not 0 < config[key] < 2**20:
+            raise UserError(f"--adapter {folder}: {key} in its adapter_config.json is {config.get(key)!r}")
     if "base_fingerprint" not in config:
         say(f"--adapter {folder} names no base fingerprint: it is taken on trust that it belongs to this model")
     elif config["base_fingerprint"] != model.base_fingerprint:
