@@ -137,13 +137,13 @@ def launch(main, out_of_memory: str) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks find the same
-            print(f"error: {error}", file=sys.stderr)
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, whatever the progress bar does
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}", file=sys.stderr)
+        tqdm.write(f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # a full disk, a read-only folder: the checkpoint before is untouched
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before the run has begun: there is nothing to save
         sys.exit(130)
