@@ -1273,7 +1273,7 @@ def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, to
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"--adapter {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
     if not isinstance(config, dict) or config.get("peft_type") != peft_type:
         raise UserError(f"--adapter {folder}: not a {peft_type} adapter")
@@ -1479,7 +1479,7 @@ class Run:
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
         documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
-        self.identity |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in self.MAY_DIFFER}
+        self.identity |= {f"--{name.rstrip('_').replace('_', '-')}": value for name, value in vars(args).items() if name not in self.MAY_DIFFER}
         if getattr(args, "adapter", None):  # where training began is the reference of some losses
             self.identity["adapter"] = file_digest(Path(args.adapter) / "adapter_model.safetensors")
         self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
@@ -1662,7 +1662,7 @@ class Run:
             digests = json.loads((folder / "manifest.json").read_text())
             return next((f"{folder / name} is damaged: its checksum does not match" for name in self.FILES
                          if file_digest(folder / name) != digests[name]), None)  # fmt: skip
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             return f"{folder / 'manifest.json'} is damaged: {error!r}"
         except OSError as error:
             return f"{folder} is damaged: {error}"
