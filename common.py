@@ -22,6 +22,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -36,8 +37,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import datasets
-import jinja2
 import numpy as np
+import pyarrow.parquet as parquet
 import safetensors.torch
 import tokenizers
 import torch
@@ -120,6 +121,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
     add("--patience", type=number(int, 0), default=0, metavar="N",
         help="stop after N evaluations without a lower held-out loss, and keep the weights of the lowest; 0 never does")
     add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
+    add("--keep", type=number(int, 1), default=1, metavar="N", help="how many complete checkpoints stay, the newest ones")
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
     add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
@@ -136,14 +138,16 @@ def launch(main, out_of_memory: str) -> None:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks find the same
-            print(f"error: {error}", file=sys.stderr)
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, whatever the progress bar does
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}", file=sys.stderr)
+        tqdm.write(f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # a full disk, a read-only folder: the checkpoint before is untouched
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the run has begun: there is nothing to save
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -220,9 +224,13 @@ def from_table(table, where: str):
 
 
 def read_parquet(path: Path):
+    """Through pyarrow itself: `datasets` would act on what the file says of its columns, and open the paths in them."""
     try:
-        yield from from_table(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), str(path))
-    except Exception as error:  # pyarrow and datasets raise a dozen kinds for a broken file
+        with parquet.ParquetFile(path) as file:
+            yield from from_table((row for batch in file.iter_batches() for row in batch.to_pylist()), str(path))
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises a dozen kinds for a broken file
         raise UserError(f"{path}: cannot be read as parquet: {(str(error) or repr(error)).splitlines()[0]}")
 
 
@@ -241,7 +249,7 @@ def open_source(name: str):
         except Exception as error:  # no network, no such name, no such split
             raise UserError(f"{name}: no such file, and no such data set on the Hub: {str(error).splitlines()[0]}")
         return table._fingerprint, lambda: from_table(table, name)
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file()) if path.is_dir() else [path]
     if not files or files[0].suffix not in READERS:
         raise UserError(f"{name}: not a {', '.join(READERS)} file or a folder of them")
 
@@ -505,7 +513,7 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
             else:
                 ids = encode_conversation(tokenizer, parsed, joined=True)[0][0] if joined else render(tokenizer, parsed, prompt=True)
                 documents = [(ids, [False] * len(ids))]
-        except (jinja2.TemplateError, UserError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: whatever it divides by zero or looks up in vain
             raise UserError(f"{where}: the chat template refuses this conversation: {error}")
     # rows with the same prompt share a number, so that the held-out split can keep them together
     record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True), "margin": margin, "answers": 1}
@@ -1188,16 +1196,49 @@ def unsharded(value):
     return whole.detach().cpu().contiguous() if rank() == 0 else None
 
 
+def sync(*paths: Path) -> None:
+    """Wait until files, and the names in folders, are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def unfinished(folder: Path):
+    """-> a temporary folder in the folder, for the time of a with block. Nothing stays of it where something cannot be written."""
+    temporary = folder / ".unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if type(error) in (Exception, RuntimeError, safetensors.SafetensorError):  # of tokenizers, torch, safetensors: a full disk
+            raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from error
+        raise
+
+
 def save_into(folder: Path, write) -> None:
     """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file."""
-    temporary = folder / f".saving.{os.getpid()}"
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
+    with unfinished(folder) as temporary:
         write(temporary)
-        for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
-    finally:
+        sync(*temporary.rglob("*"), temporary)
+        for path in sorted(temporary.rglob("*")):
+            place = folder / path.relative_to(temporary)
+            place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
+        sync(folder)
         shutil.rmtree(temporary)
+
+
+def remove(folder: Path) -> None:
+    """Its name goes first: a run killed meanwhile leaves nothing half-deleted under a name that means it is whole."""
+    doomed = folder.with_name(".unfinished")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def save_trained(folder: Path, model, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
@@ -1256,10 +1297,15 @@ def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, to
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"--adapter {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
     if not isinstance(config, dict) or config.get("peft_type") != peft_type:
         raise UserError(f"--adapter {folder}: not a {peft_type} adapter")
+    if scalars := [name for name, tensor in tensors.items() if tensor.dim() == 0]:
+        raise UserError(f"--adapter {folder}: {scalars[0]} is a single number, and no adapter's tensor")
+    for key in ("r", "lora_alpha") if peft_type == "LORA" else ():
+        if type(config.get(key)) not in (int, float) or not 0 < config[key] < 2**20:
+            raise UserError(f"--adapter {folder}: {key} in its adapter_config.json is {config.get(key)!r}")
     if "base_fingerprint" not in config:
         say(f"--adapter {folder} names no base fingerprint: it is taken on trust that it belongs to this model")
     elif config["base_fingerprint"] != model.base_fingerprint:
@@ -1430,15 +1476,16 @@ class Run:
     """The bookkeeping of a run: where it stands, what it logs, what it saves. Two places in --output:
 
     metrics.jsonl   a line for the run, one for each logged step and each evaluation, and a last one {"done": true}
-    checkpoint/     step-N folders, the last complete one kept: trained weights, optimizer, state, SHA-256 of each file
+    checkpoint/     step-N folders, the last --keep complete ones: trained weights, optimizer, state, SHA-256 of each file
     """
 
-    # Flags that may differ on --resume. The base model, the data and the rows of a step are compared by content.
+    # Flags that may differ on --resume. The base model, the data, the adapter and the rows of a step are compared by content.
     MAY_DIFFER = {
-        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size", "grad_accum",
-        "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "offload", "trust_remote_code",
+        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "keep", "batch_size",
+        "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard", "trust_remote_code",
     }  # fmt: skip
 
+    FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
     STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
 
     def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, measure=None, show=None):
@@ -1456,7 +1503,9 @@ class Run:
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
         documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
-        self.identity |= {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in self.MAY_DIFFER}
+        self.identity |= {f"--{name.rstrip('_').replace('_', '-')}": value for name, value in vars(args).items() if name not in self.MAY_DIFFER}
+        if getattr(args, "adapter", None):  # where training began is the reference of some losses
+            self.identity["adapter"] = file_digest(Path(args.adapter) / "adapter_model.safetensors")
         self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
         self.metrics = self.output / "metrics.jsonl"
         if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text() if self.metrics.exists() else ""):
@@ -1473,11 +1522,13 @@ class Run:
     def open_metrics(self, resumed: bool) -> None:
         """Begin metrics.jsonl; on --resume cut it back to the checkpoint, so that no step stands in it twice."""
         self.output.mkdir(parents=True, exist_ok=True)
+        for folder in (self.output, self.output / "checkpoint"):
+            shutil.rmtree(folder / ".unfinished", ignore_errors=True)
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if resumed and self.metrics.exists() else []
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         entries = [e for e in entries if "run" in e or "done" not in e and e["step"] <= self.step]
-        if not resumed:
-            shutil.rmtree(self.output / "checkpoint", ignore_errors=True)  # of a finished run: see __init__
+        if not resumed and (self.output / "checkpoint").exists():
+            remove(self.output / "checkpoint")  # of a finished run: see __init__
         if not entries:
             trainable, parameters = count_parameters(self.model)
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
@@ -1545,8 +1596,7 @@ class Run:
         if grad_norm is not None:
             norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
         if not math.isfinite(self.window["loss"]) or not math.isfinite(norm or 0):  # nothing was saved since the bad step
-            good = f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "there is no checkpoint yet"
-            raise UserError(f"step {self.step}: the loss or the gradient norm ({norm}) is not finite; {good}. Try a lower --lr, or --dtype float32")
+            self.stop_not_finite(f"the loss or the gradient norm ({norm})")
         if log:
             means, now = {name: value / self.window_count for name, value in self.window.items()}, time.perf_counter()
             speed = (self.tokens - self.clock_tokens) / (now - self.clock)
@@ -1567,34 +1617,37 @@ class Run:
             sys.exit(128 + self.signal)
         self.clock += time.perf_counter() - paused  # tokens a second are of training alone
 
+    def stop_not_finite(self, what: str):
+        good = f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "there is no checkpoint yet"
+        raise UserError(f"step {self.step}: {what} is not finite; {good}. Try a lower --lr, or --dtype float32")
+
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first: a folder gets its name only when everything in it is on the disk."""
-        return sorted((self.output / "checkpoint").glob("step-*"))
+        return sorted((self.output / "checkpoint").glob("step-" + 8 * "[0-9]"))
 
     def save_checkpoint(self) -> None:
-        """Everything by parameter name and unsharded, so that any number of ranks can load it; then the one before goes."""
+        """Everything by parameter name and unsharded, so that any number of ranks can load it; then the oldest beyond --keep go."""
         weights = {name: unsharded(p) for p, name in self.trained.items()}
         states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
         optimizer = {self.trained[p]: {key: unsharded(value) for key, value in state.items()} for p, state in states}
         if rank() != 0:
             return
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():  # after a gradient whose norm nothing has read
+                self.stop_not_finite(name)
         state = {name: getattr(self, name) for name in self.STATE} | {"identity": self.identity}
-        final, temporary = self.output / "checkpoint" / f"step-{self.step:08d}", self.output / "checkpoint" / ".unfinished"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        safetensors.torch.save_file(weights, temporary / "weights.safetensors")
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        torch.save({"optimizer": optimizer, "random": torch.get_rng_state(), "cuda_random": cuda}, temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        (temporary / "manifest.json").write_text(json.dumps({path.name: file_digest(path) for path in temporary.iterdir()}))
-        for path in [*temporary.iterdir(), temporary]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in self.checkpoints()[:-1]:
-            shutil.rmtree(old)
+        folder = self.output / "checkpoint"
+        with unfinished(folder) as temporary:
+            safetensors.torch.save_file(weights, temporary / "weights.safetensors")
+            cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+            torch.save({"optimizer": optimizer, "random": torch.get_rng_state(), "cuda_random": cuda}, temporary / "optimizer.pt")
+            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            (temporary / "manifest.json").write_text(json.dumps({name: file_digest(temporary / name) for name in self.FILES}))
+            sync(*temporary.iterdir(), temporary)
+            os.replace(temporary, folder / f"step-{self.step:08d}")
+            sync(folder)
+        for old in self.checkpoints()[: -self.args.keep]:
+            remove(old)
 
     def enough(self) -> bool:
         return bool(self.args.patience) and self.stale >= self.args.patience
@@ -1627,25 +1680,37 @@ class Run:
             for p, name in self.trained.items():
                 p.copy_(sharded_like(p, weights.get_tensor(name)))
 
+    def damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, None if every byte of it is as it was written. Only names in FILES are opened."""
+        try:
+            digests = json.loads((folder / "manifest.json").read_text())
+            return next((f"{folder / name} is damaged: its checksum does not match" for name in self.FILES
+                         if file_digest(folder / name) != digests[name]), None)  # fmt: skip
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            return f"{folder / 'manifest.json'} is damaged: {error!r}"
+        except OSError as error:
+            return f"{folder} is damaged: {error}"
+
     def load_checkpoint(self) -> bool:
         """Go on from the last checkpoint, if every byte of it is as it was written and the run is the same."""
         if not self.checkpoints():
             say(f"--resume: no checkpoint in {self.output}, starting at step 0")
             return False
-        folder = self.checkpoints()[-1]
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            damaged = [name for name, digest in manifest.items() if file_digest(folder / Path(name).name) != digest]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--resume: {folder} is damaged: {error}")
-        if damaged:
-            raise UserError(f"--resume: {folder / damaged[0]} is damaged: its checksum does not match")
+        *before, folder = self.checkpoints()
+        if damage := self.damage(folder):
+            way_out = f"go on from {before[-1].name}" if before else "begin anew: there is no other (--keep 2 would keep one more)"
+            raise UserError(f"--resume: {damage}. Delete {folder} to {way_out}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state.keys() != {*self.STATE, "identity"}:
+            raise UserError(f"--resume: {folder} was written by another version of common.py")
         for name in self.identity.keys() | state["identity"].keys():
             was, now = state["identity"].get(name), self.identity.get(name)
             if was != now:
                 raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
-        saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)  # read where it is used
+        try:  # read where it is used; a pickle of anything but tensors and plain values is not loaded
+            saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise UserError(f"--resume: {folder / 'optimizer.pt'} is not what a run writes: {str(error).splitlines()[0]}")
         self.load_weights(folder / "weights.safetensors")
         for optimizer in self.optimizers:
             restored, order = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
