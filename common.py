@@ -926,7 +926,7 @@ def checkpoint_blocks(model, args) -> None:
 def linear_layers(model, targets: str) -> dict[str, torch.nn.Linear]:
     """The layers an adapter goes on, by name. targets: "all-linear" is every nn.Linear but the output head; else names with
     commas between them, and a layer matches whose name is one of them or ends with "." and one, as in PEFT."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() or getattr(model, "score", None)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head}
     endings = tuple("." + target for target in targets.split(","))
     chosen = {name: layer for name, layer in layers.items() if targets == "all-linear" or f".{name}".endswith(endings)}
@@ -1251,7 +1251,9 @@ def save_trained(folder: Path, model, tokenizer, dtype: torch.dtype, trust_remot
         fresh.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
         fresh.tie_weights()
         assert not any(p.is_meta for p in fresh.parameters())
-        fresh.padded_attention, fresh.generation_config = model.padded_attention, model.generation_config
+        fresh.padded_attention = model.padded_attention
+        if model.can_generate():
+            fresh.generation_config = model.generation_config
         save_model(folder, fresh, tokenizer)
 
 
