@@ -1121,25 +1121,33 @@ class LinearLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None, None
 
 
-def target_logps(model, input_ids, targets, target_index, documents=None, **inputs) -> torch.Tensor:
+def output_head(model, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor | None, float, float | None]:
+    """(weight (V, d), bias, scale, softcap), what `head_logits` takes, in the dtype of the computation. The logits come out divided
+    by the temperature, soft-capped ones too: cap / T * tanh(scale / T * x / (cap / T)) is cap * tanh(scale * x / cap) / T."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    # autocast would cast the weight anew for every chunk: cast it once, here
+    kind = head.weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return head.weight.to(dtype), bias, scale / temperature, softcap and softcap / temperature
+
+
+def target_logps(model, input_ids, targets, target_index, documents=None, temperature=1.0, **inputs) -> torch.Tensor:
     """log p of each target token in nats, called as `model.target_logps(**batch)` with a batch of `Corpus.collate`.
 
     input_ids (B, T). target_index (N,): positions in the flattened (B * T,) whose next token is targets (N,). Whatever else
-    is given (attention_mask, position_ids, inputs_embeds ...) goes to the backbone. -> (N,) float32, differentiable.
+    is given (attention_mask, position_ids, inputs_embeds ...) goes to the backbone. The distribution is softmax(logits / temperature).
+    -> (N,) float32, differentiable.
     """
     if model.config._attn_implementation == "documents":
         inputs["documents"] = documents
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
     hidden = hidden.flatten(0, 1).index_select(0, target_index)  # the head runs on positions that predict a target: (N, d)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    # autocast would cast the weight anew for every chunk: cast it once, here
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    bias = None if head.bias is None else head.bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
-        return LinearLogps.apply(hidden.to(dtype), head.weight.to(dtype), bias, targets, scale, softcap)
+    weight, bias, scale, softcap = output_head(model, temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearLogps.apply(hidden.to(weight.dtype), weight, bias, targets, scale, softcap)
 
 
 @torch.no_grad()
