@@ -469,7 +469,8 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
 
     kind "preferences": the answers to a prompt, best first, are consecutive documents, all kept or all dropped; their number
     stands in `answers` of the first and is 0 in the others. Elsewhere every document stands alone, and `answers` is 1.
-    kind "prompts": a document is a prompt and, marked as targets, the answer it comes with, if any. Its length is the prompt's.
+    kind "prompts": a document is a prompt and, marked as targets, the answer it comes with, if any. Its length is the prompt's, and
+    `conversation` has both as text (JSON), for programs that read text and for models with another template.
     """
     documents, empty, margin, joined = [], False, 0.0, args.template == "none"
     parsed = parse_row(row, where) if kind == "conversations" else None
@@ -507,6 +508,7 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
             raise UserError(f"{where}: the chat template refuses this conversation: {error}")
     # rows with the same prompt share a number, so that the held-out split can keep them together
     record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True), "margin": margin, "answers": 1}
+    record |= {"conversation": json.dumps(parsed + answers)} if kind == "prompts" else {}
     records = []
     for ids, marks in documents or [([], [])]:
         if ids and max(ids) >= vocab_size:
@@ -562,6 +564,7 @@ def tokenize_source(name: str, tokenizer, args, vocab_size: int, kind: str = "co
     columns = {"input_ids": datasets.List(datasets.Value("int32")), "is_target": datasets.List(datasets.Value("bool"))}
     columns |= {column: datasets.Value("int64") for column in ("prompt", "length", "targets", "status", "answers")}
     columns["margin"] = datasets.Value("float64")
+    columns |= {"conversation": datasets.Value("string")} if kind == "prompts" else {}
     try:
         return datasets.Dataset.from_generator(records, features=datasets.Features(columns), fingerprint=key), digest
     except datasets.exceptions.DatasetGenerationError as error:
