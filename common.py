@@ -1424,7 +1424,7 @@ class Run:
     MAY_DIFFER = {"model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "batch_size",
             "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "trust_remote_code"}  # fmt: skip
 
-    STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
+    STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale", "own")  # what a checkpoint keeps of the run itself
 
     def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, measure=None, show=None):
         """measure() -> named held-out figures, "loss" among them for --patience; default: the targets' negative log-likelihood.
@@ -1438,6 +1438,7 @@ class Run:
         self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
         self.window, self.unread, self.eval_loss, self.signal = {}, [], None, None
         self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
+        self.own = {}  # numbers by name that a script keeps over a restart
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
         documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
