@@ -225,26 +225,32 @@ class Role:
 
     @contextmanager
     def on_stage(self):
-        """Backward passes belong inside, too: a block that is recomputed there needs its adapter."""
-        weight, layers = self.model.get_input_embeddings().weight, adapted_layers(self.model).values()
+        """Its adapter on, all others off. Backward passes belong inside, too: a block that is recomputed there needs its adapter."""
+        layers = adapted_layers(self.model).values()
         for layer in layers:
             layer.on = self.adapter
         try:
-            with torch.autocast(weight.device.type, dtype=self.dtype, enabled=weight.dtype != self.dtype):
-                yield self.model
+            yield self.model
         finally:
             for layer in layers:
                 layer.on = None
 
+    def autocast(self):
+        """For float32 masters that compute in dtype."""
+        weight = self.model.get_input_embeddings().weight
+        return torch.autocast(weight.device.type, dtype=self.dtype, enabled=weight.dtype != self.dtype)
+
     def logps(self, batch: dict, temperature: float) -> torch.Tensor:
         """log p of the answers' tokens, (N,) as they lie in the batch: see `collate`."""
-        return self.model.target_logps(**batch, temperature=temperature)
+        with self.autocast():
+            return self.model.target_logps(**batch, temperature=temperature)
 
     def values(self, input_ids, attention_mask, target_index, **_) -> torch.Tensor:
         """The head's number at each position of the flattened (B * T,) that target_index names: (N,) float32."""
-        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # (B, T, d)
+        with self.autocast():
+            hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # (B, T, d)
         hidden = hidden.flatten(0, 1).index_select(0, target_index)  # (N, d)
-        return (hidden.float() * self.head.weight.float()).sum(1) - self.offset  # no autocast in a product and a sum
+        return F.linear(hidden.float(), self.head.weight.float()).squeeze(1) - self.offset
 
     def parameters(self) -> list[nn.Parameter]:
         own = [p for name, p in self.model.named_parameters() if ".adapters." not in name or f".adapters.{self.adapter}." in name]
@@ -262,9 +268,11 @@ def load_classifier(args, name: str, dtype: torch.dtype, device: torch.device, w
     config = adapter_config(name)
     base = argparse.Namespace(**vars(args) | {"model": config.get("base_model_name_or_path", name)})
     model = common.load_model(base, dtype, device, weight_dtype, head="score")
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise common.UserError(f"{type(model).__name__} has no linear layer `score`, which is the head here")
     offset = getattr(model.config, "reward_offset", 0.0)
     if config:
-        _, head = load_adapter(model, "reward", name)
+        head = load_adapter(model, "reward", name)[1]
         for path, layer in adapted_layers(model).items():
             lora = layer.adapters["reward"]
             layer.base.weight.data += (lora.scaling * lora.lora_B @ lora.lora_A).to(layer.base.weight.dtype)
@@ -429,7 +437,7 @@ def sample(policy: Role, prompts: list[list[int]], uniforms: torch.Tensor, stop:
     """
     ids, mask = padded(prompts, pad_id, uniforms.device, left=True)  # (B, P)
     stop, cache, running, columns = torch.tensor(stop, device=ids.device), None, torch.ones(len(ids), dtype=torch.bool, device=ids.device), []
-    with policy.on_stage() as model, common.evaluating(model):
+    with policy.on_stage() as model, policy.autocast(), common.evaluating(model):
         head = common.output_head(model, temperature)
         for u in uniforms.T:  # (B,)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [9] of the prompt, then of one new token after another
@@ -642,7 +650,7 @@ def train(args) -> None:
                         loss.backward()
                     with critic.on_stage():
                         values = as_rows(critic.values(**batch), mask[rows])
-                        critic_loss = value_loss(values, old_values[rows], returns[rows], mask[rows], args.value_clip, count)
+                        critic_loss = value_loss(values, old_values[rows], returns[rows], mask[rows], args.clip, count)
                         (args.value_coefficient * critic_loss).backward()
                     sums += torch.stack([loss, critic_loss, clipped]).detach()
                     if updates == 0:
@@ -690,8 +698,14 @@ def check_ratio(logps, old_logps, exact: bool) -> None:
 
 
 def load_reward_tokenizer(args, folder: str):
+    """Of a folder that holds a reward model, full or LoRA; else an error."""
+    there = argparse.Namespace(**vars(args) | {"model": folder})
     try:
-        return common.from_hub(transformers.AutoTokenizer, argparse.Namespace(**vars(args) | {"model": folder}))
+        lora = adapter_config(folder)
+        kinds = [lora.get("task_type")] if lora else common.from_hub(transformers.AutoConfig, there).architectures or []
+        if not any(kind == "SEQ_CLS" or "SequenceClassification" in kind for kind in map(str, kinds)):
+            raise common.UserError(f"--model {folder}: no reward model: neither a sequence classifier nor a SEQ_CLS LoRA")
+        return common.from_hub(transformers.AutoTokenizer, there)
     except common.UserError as error:
         raise common.UserError(str(error).replace("--model", "--reward", 1))
 
@@ -707,12 +721,11 @@ def save_policy(args, model, tokenizer) -> None:
 
 
 def main(argv=None) -> None:
-    examples = Path(__file__).parent / "examples"
     without = ("--packing", "--patience", "--weight-decay", "--max-length")
-    parser = common.make_parser(__doc__, without, output="runs/ppo", data=[str(examples / "preferences.jsonl")], lr=None, packing=False, patience=0, rslora=False,
-                                schedule="linear", warmup_ratio=0.0, grad_accum=4, log_every=1, eval_every=10, save_every=10, samples=4)  # fmt: skip
+    parser = common.make_parser(__doc__, without, output="runs/ppo", data=[common.example("preferences.jsonl")], lr=None, packing=False, patience=0,
+                                rslora=False, schedule="linear", warmup_ratio=0.0, grad_accum=4, log_every=1, eval_every=10, save_every=10, samples=4)  # fmt: skip
     number, add = common.number, parser.add_argument_group("PPO").add_argument
-    add("--reward", metavar="FOLDER|FILE.py:FUNCTION", default=f"{examples / 'rewards.py'}:lowercase",
+    add("--reward", metavar="FOLDER|FILE.py:FUNCTION", default=common.example("rewards.py") + ":lowercase",
         help="what reward_model.py wrote, or a function of prompts, answers and references (its file is run)")  # fmt: skip
     add("--max-length", type=number(int, 2), default=512, help="tokens of a prompt and its answer; prompts that leave no room are dropped")
     add("--response-length", type=number(int, 1), default=64, help="the most tokens of an answer")
@@ -726,8 +739,7 @@ def main(argv=None) -> None:
     add("--kl-horizon", type=number(int, 1), default=10_000, help="answers in which the adapted beta moves by 20 %% at most")
     add("--gamma", type=number(float, 0), default=1.0, help="discount of the tokens to come")
     add("--lam", type=number(float, 0), default=0.95, help="lambda of the advantage estimation")
-    add("--clip", type=number(float, 0), default=0.2, help="eps of the policy's ratio")
-    add("--value-clip", type=number(float, 0), default=0.2, help="eps of the critic's values")
+    add("--clip", type=number(float, 0), default=0.2, help="eps: of the policy's ratio around 1, of the critic's values around the old ones")
     add("--value-coefficient", type=number(float, 0), default=0.1, help="weight of the critic's loss")
     add("--critic-lr", type=number(float, 0), help="default: --lr")
     add("--max-kl", type=number(float, 0), default=5.0, help="stop when the policy is this far from the reference, in nats a token")
