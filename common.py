@@ -479,7 +479,8 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
 
     kind "preferences": the answers to a prompt, best first, are consecutive documents, all kept or all dropped; their number
     stands in `answers` of the first and is 0 in the others. Elsewhere every document stands alone, and `answers` is 1.
-    kind "prompts": a document is a prompt and, marked as targets, the answer it comes with, if any. Its length is the prompt's.
+    kind "prompts": a document is a prompt and, marked as targets, the answer it comes with, if any. Its length is the prompt's, and
+    `conversation` has both as text (JSON), for programs that read text and for models with another template.
     """
     documents, empty, margin, joined = [], False, 0.0, args.template == "none"
     parsed = parse_row(row, where) if kind == "conversations" else None
@@ -517,6 +518,7 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
             raise UserError(f"{where}: the chat template refuses this conversation: {error}")
     # rows with the same prompt share a number, so that the held-out split can keep them together
     record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True), "margin": margin, "answers": 1}
+    record |= {"conversation": json.dumps(parsed + answers)} if kind == "prompts" else {}
     records = []
     for ids, marks in documents or [([], [])]:
         if ids and max(ids) >= vocab_size:
@@ -572,6 +574,7 @@ def tokenize_source(name: str, tokenizer, args, vocab_size: int, kind: str = "co
     columns = {"input_ids": datasets.List(datasets.Value("int32")), "is_target": datasets.List(datasets.Value("bool"))}
     columns |= {column: datasets.Value("int64") for column in ("prompt", "length", "targets", "status", "answers")}
     columns["margin"] = datasets.Value("float64")
+    columns |= {"conversation": datasets.Value("string")} if kind == "prompts" else {}
     try:
         return datasets.Dataset.from_generator(records, features=datasets.Features(columns), fingerprint=key), digest
     except datasets.exceptions.DatasetGenerationError as error:
@@ -1144,25 +1147,33 @@ class LinearLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None, None
 
 
-def target_logps(model, input_ids, targets, target_index, documents=None, **inputs) -> torch.Tensor:
+def output_head(model, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor | None, float, float | None]:
+    """(weight (V, d), bias, scale, softcap), what `head_logits` takes, in the dtype of the computation. The logits come out divided
+    by the temperature, soft-capped ones too: cap / T * tanh(scale / T * x / (cap / T)) is cap * tanh(scale * x / cap) / T."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    # autocast would cast the weight anew for every chunk: cast it once, here
+    kind = head.weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return head.weight.to(dtype), bias, scale / temperature, softcap and softcap / temperature
+
+
+def target_logps(model, input_ids, targets, target_index, documents=None, temperature=1.0, **inputs) -> torch.Tensor:
     """log p of each target token in nats, called as `model.target_logps(**batch)` with a batch of `Corpus.collate`.
 
     input_ids (B, T). target_index (N,): positions in the flattened (B * T,) whose next token is targets (N,). Whatever else
-    is given (attention_mask, position_ids, inputs_embeds ...) goes to the backbone. -> (N,) float32, differentiable.
+    is given (attention_mask, position_ids, inputs_embeds ...) goes to the backbone. The distribution is softmax(logits / temperature).
+    -> (N,) float32, differentiable.
     """
     if model.config._attn_implementation == "documents":
         inputs["documents"] = documents
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
     hidden = hidden.flatten(0, 1).index_select(0, target_index)  # the head runs on positions that predict a target: (N, d)
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    # autocast would cast the weight anew for every chunk: cast it once, here
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    bias = None if head.bias is None else head.bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
-        return LinearLogps.apply(hidden.to(dtype), head.weight.to(dtype), bias, targets, scale, softcap)
+    weight, bias, scale, softcap = output_head(model, temperature)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearLogps.apply(hidden.to(weight.dtype), weight, bias, targets, scale, softcap)
 
 
 @torch.no_grad()
@@ -1488,7 +1499,7 @@ class Run:
     }  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
-    STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale")  # what a checkpoint keeps of the run itself
+    STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale", "own")  # what a checkpoint keeps of the run itself
 
     def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, measure=None, show=None):
         """measure() -> named held-out figures, "loss" among them for --patience; default: the targets' negative log-likelihood.
@@ -1502,6 +1513,7 @@ class Run:
         self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
         self.window, self.unread, self.eval_loss, self.signal = {}, [], None, None
         self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
+        self.own = {}  # numbers by name that a script keeps over a restart
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
         documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
         self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}

@@ -1,0 +1,759 @@
+"""PPO, the third stage of RLHF: sample answers, score them, and make likelier what turned out better than the critic expected.
+
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.06347); for language models Ziegler et al. 2019 (arXiv
+1909.08593) and Ouyang et al. 2022 (arXiv 2203.02155), section 3.5. An answer y_1 .. y_T to a prompt is an episode:
+
+    reward     r_t = -beta (log p(y_t) - log p_ref(y_t)) + [t = T] score(prompt, answer)
+    advantage  A_t = delta_t + gamma lambda A_t+1,    delta_t = r_t + gamma V_t+1 - V_t,    V_T+1 = 0,    return R_t = A_t + V_t
+    policy     L   = - mean_t min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t),    ratio_t = p_new(y_t) / p(y_t)
+    critic     L   = 1/2 mean_t max((V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2)
+
+    p      logps             (B, T)  the policy that sampled the answer; p_new: the one that is being trained
+    p_ref  reference_logps   (B, T)  the policy before any training, frozen
+    V      values            (B, T)  the critic's, at the position that predicts y_t
+    score  scores            (B,)    the reward model's, or a function's
+    T                                tokens of the longest answer, its end-of-turn token included; mask (B, T) is True on answers
+
+The details that decide whether it works (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031);
+the code has their numbers:
+ [1]  Answers are drawn from the policy at --temperature, from the whole distribution: no top-k, no top-p.
+ [2]  An answer ends at its first end-of-turn token; masks go by position, padding follows. One that does not end by itself within
+      --response-length scores --unfinished-score instead, or nothing would teach the policy to end.
+ [3]  Old log-probabilities come from the same forward pass as the new ones, at the same temperature, on the same micro-batches: the
+      ratio of each rollout's first update is 1. The run checks it.
+ [4]  The KL penalty is paid token by token (estimator k1); the score comes with the last token.
+ [5]  gamma 1, lambda 0.95. Returns are computed before the advantages are whitened, over the whole rollout, answers only.
+ [6]  Both losses are clipped at 0.2; the critic's counts 0.1.
+ [7]  4 epochs over a rollout, reshuffled; Adam with eps 1e-5; the learning rate falls to 0; no dropout in any model.
+ [8]  The critic starts from the reward model. beta is fixed, or --kl-target adapts it.
+ [9]  Left-padded prompts get position_ids = cumsum(mask) - 1.
+ [10] All figures leave padding out.
+
+Choices and departures
+  - Reshuffled are micro-batches, not rows: in bfloat16 a row's log-probabilities change by up to 0.3 nats with the rows beside it,
+    more than the clip range; in the same micro-batch they do not. --grad-accum of them, freshly drawn, make a minibatch.
+  - Policy and critic have an optimizer and a gradient clip each, so a wild critic does not shrink the policy's step.
+  - An answer's tokens depend on --seed, the step and the prompt's number in it, not on the batch, nor on how many ranks there are.
+  - An answer cut off at --response-length counts as ended: V_T+1 = 0 there, too.
+
+Four models in the memory of one: with --lora-rank, policy (its adapter on), reference (none on), critic (own adapter, own head) and a
+reward model that is a LoRA on the same base share one frozen base. Without, each is a model of its own. What lies in memory is printed.
+
+Questions people ask
+  Sum or mean?      Losses are means over all answer tokens of a minibatch, whatever the answers' lengths. kl and reward in the
+                    metrics are sums over an answer's tokens, then means over answers.
+  Why k1, not k3?   As a reward, k1's expectation has the gradient of the KL; k3 (always >= 0, less noise) is only logged.
+  kl is negative?   On a sample it may be, slightly. Steadily: sampling and training disagree; see sampling_error.
+  Score falls?      A --lr too high, or a critic that knows nothing yet: a lower --lr, a higher --critic-lr, larger rollouts.
+  Score rises, answers get worse?  The reward is being gamed: raise --kl-coefficient, read the answers printed at evaluations.
+
+Metrics, means over the rollouts since the last logged step
+  score, reward, response_length, eos_rate   per answer: its score, the sum of its r_t, its tokens, whether it ended by itself
+  kl, kl_k3                                  nats an answer, policy to reference; kl_coefficient is beta
+  entropy                                    nats a token, exact, of the distributions that tokens were drawn from
+  sampling_error                             mean |log p while sampling - log p in training|, nats: the numerics, about 1e-6 in float32
+  loss, policy_loss, value_loss              means over the updates; loss = policy_loss + --value-coefficient * value_loss
+  clip_fraction                              share of tokens whose ratio left 1 - eps .. 1 + eps
+  explained_variance                         1 - Var(R - V) / Var(R), before the updates: 0 is a critic that knows nothing, 1 a perfect one
+  lr, critic_lr, grad_norm, critic_grad_norm of the rollout's last update; norms before clipping
+  rollout_tokens_per_second                  tokens sampled; their scores and log-probabilities are in the time
+  update_tokens_per_second                   prompt and answer tokens that went through the updates
+
+    python ppo.py --lr 1e-3 --kl-coefficient 0.01 --max-steps 40       # a tiny random model learns to write lower-case letters
+    python ppo.py --model SFT --data prompts.jsonl --reward runs/reward --lora-rank 16
+    python ppo.py --model SFT --data gsm8k.jsonl --reward examples/rewards.py:exact_match --response-length 256
+    torchrun --nproc-per-node 8 ppo.py --model SFT --data prompts.jsonl --reward runs/reward --lora-rank 16
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import common
+
+# ------------------------------------------------------------------------------------------------------- The equations
+# B answers, T tokens. Outside the mask every tensor is 0, and every result stays 0.
+
+
+def token_rewards(logps, reference_logps, scores, mask, kl_coefficient: float) -> torch.Tensor:
+    """[4] The KL penalty at every token, the score at the last. (B, T), (B, T), (B,), (B, T) -> (B, T)"""
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))  # True where the next token is padding
+    return (-kl_coefficient * (logps - reference_logps) + last * scores[:, None]) * mask
+
+
+def gae(rewards, values, mask, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[5] Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438). -> (advantages, returns); all (B, T)."""
+    advantages = torch.zeros_like(values)
+    advantage = next_value = torch.zeros_like(values[:, 0])  # (B,), of the token behind: 0 behind an answer's end
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def masked_moments(values, mask) -> tuple[float, float]:
+    """Mean and (biased) variance inside the mask, over all ranks. No value inside: 0 and 0."""
+    count = max(1.0, common.over_ranks(mask.sum().item()))
+    mean = common.over_ranks((values * mask).sum().item()) / count
+    return mean, common.over_ranks((((values - mean) * mask) ** 2).sum().item()) / count
+
+
+def whiten(values, mask) -> torch.Tensor:
+    """[5] Mean 0 and variance 1 inside the mask, 0 outside. The mean is shifted: half of what was done was worse than usual.
+    The variance is the biased one, as in Ziegler's code; a single value becomes 0, never nan. (B, T) -> (B, T)"""
+    mean, variance = masked_moments(values, mask)
+    return (values - mean) * mask / math.sqrt(variance + 1e-8)
+
+
+def policy_loss(logps, old_logps, advantages, mask, clip: float, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[6] The clipped objective (arXiv 1707.06347, equation 7), negated -> (loss, clip fraction), sums over the mask / count.
+    count: answer tokens of the whole minibatch, where these rows are only a part of it; default: of these. All (B, T)."""
+    ratio = (logps - old_logps).exp()
+    losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    count = count or mask.sum()
+    return (losses * mask).sum() / count, (((ratio - 1).abs() > clip) & mask).sum() / count
+
+
+def value_loss(values, old_values, returns, mask, clip: float, count: int | None = None) -> torch.Tensor:
+    """[6] Half the larger squared error, of the value itself or of the value held near the old one. Count as in `policy_loss`."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * (torch.max((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum() / (count or mask.sum())
+
+
+def kl_estimates(logps, reference_logps, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """[10] Of KL(policy, reference) at sampled tokens: k1 = -log r and k3 = r - 1 - log r with r = p_ref / p. All (B, T), nats."""
+    log_r = (reference_logps - logps) * mask
+    return -log_r, log_r.expm1() - log_r
+
+
+def adapted_kl_coefficient(beta: float, kl: float, target: float, answers: int, horizon: int) -> float:
+    """[8] Ziegler's controller: a step of at most 20 % a horizon of answers, towards the KL that is wanted (nats an answer)."""
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * answers / horizon)
+
+
+# ---------------------------------------------------------------------------------------- Several adapters on one base
+
+
+class LoRA(nn.Module):
+    """What one adapter adds in one layer, s B A x (lora.py explains it). x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float):
+        super().__init__()
+        self.scaling = scaling
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.scaling * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen nn.Linear that several adapters share; one of them is on, or none. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.adapters, self.on = base, nn.ModuleDict(), None
+
+    def forward(self, x):
+        return self.base(x) + self.adapters[self.on](x) if self.on in self.adapters else self.base(x)
+
+
+def adapted_layers(model) -> dict[str, AdaptedLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
+
+
+def add_adapter(model, adapter: str, layers: list[str], rank: int, scaling: float) -> None:
+    for name in layers:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, AdaptedLinear):
+            layer = AdaptedLinear(layer)
+            model.set_submodule(name, layer)
+        layer.adapters[adapter] = LoRA(layer.base, rank, scaling)
+
+
+def adapter_tensors(model, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters, under the names that PEFT gives them."""
+    tensors = {}
+    for name, layer in adapted_layers(model).items():
+        if adapter in layer.adapters:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.adapters[adapter].lora_A  # (r, in)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.adapters[adapter].lora_B  # (out, r)
+    return tensors
+
+
+def load_adapter(model, adapter: str, folder: str) -> tuple[dict, torch.Tensor | None]:
+    """Put a LoRA folder, ours or PEFT's, on the model -> (its config, its score head (1, d) if it is a reward model)."""
+    config, tensors = common.load_adapter(folder, model, "LORA")
+    unknown = [key for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform") if config.get(key)]
+    if unknown or config.get("bias", "none") != "none" or config.get("init_lora_weights") not in (None, True, False, "gaussian"):
+        raise common.UserError(f"{folder} is more than a plain LoRA: {', '.join(unknown) or 'it changes the base as well'}")
+    head = tensors.pop("base_model.model.score.weight", None)
+    layers = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
+    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    add_adapter(model, adapter, layers, config["r"], scaling)
+    common.fill_adapter(adapter_tensors(model, adapter), tensors, folder)
+    return config, head
+
+
+# ----------------------------------------------------------------------------------------------------- The four models
+
+
+@dataclass
+class Role:
+    """What plays the policy, the reference, the critic or the reward model: a model, the adapter that is on meanwhile, and a head
+    (1, d) for the two that give a number at a position. dtype: of the computation. offset: what is subtracted from the number."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    adapter: str | None = None
+    head: nn.Linear | None = None
+    offset: float = 0.0
+
+    @contextmanager
+    def on_stage(self):
+        """Its adapter on, all others off. Backward passes belong inside, too: a block that is recomputed there needs its adapter."""
+        layers = adapted_layers(self.model).values()
+        for layer in layers:
+            layer.on = self.adapter
+        try:
+            yield self.model
+        finally:
+            for layer in layers:
+                layer.on = None
+
+    def autocast(self):
+        """For float32 masters that compute in dtype."""
+        weight = self.model.get_input_embeddings().weight
+        return torch.autocast(weight.device.type, dtype=self.dtype, enabled=weight.dtype != self.dtype)
+
+    def logps(self, batch: dict, temperature: float) -> torch.Tensor:
+        """log p of the answers' tokens, (N,) as they lie in the batch: see `collate`."""
+        with self.autocast():
+            return self.model.target_logps(**batch, temperature=temperature)
+
+    def values(self, input_ids, attention_mask, target_index, **_) -> torch.Tensor:
+        """The head's number at each position of the flattened (B * T,) that target_index names: (N,) float32."""
+        with self.autocast():
+            hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # (B, T, d)
+        hidden = hidden.flatten(0, 1).index_select(0, target_index)  # (N, d)
+        return F.linear(hidden.float(), self.head.weight.float()).squeeze(1) - self.offset
+
+    def parameters(self) -> list[nn.Parameter]:
+        own = [p for name, p in self.model.named_parameters() if ".adapters." not in name or f".adapters.{self.adapter}." in name]
+        return own + ([] if self.head is None or any(p is self.head.weight for p in own) else [self.head.weight])
+
+
+def adapter_config(folder: str | None) -> dict:
+    """adapter_config.json of a LoRA folder; {} of anything else."""
+    path = Path(folder or "") / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_classifier(args, name: str, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype) -> tuple[nn.Module, float]:
+    """A sequence classifier with one label, and its offset: what reward_model.py wrote, a LoRA merged into its own base."""
+    config = adapter_config(name)
+    base = argparse.Namespace(**vars(args) | {"model": config.get("base_model_name_or_path", name)})
+    model = common.load_model(base, dtype, device, weight_dtype, head="score")
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise common.UserError(f"{type(model).__name__} has no linear layer `score`, which is the head here")
+    offset = getattr(model.config, "reward_offset", 0.0)
+    if config:
+        head = load_adapter(model, "reward", name)[1]
+        for path, layer in adapted_layers(model).items():
+            lora = layer.adapters["reward"]
+            layer.base.weight.data += (lora.scaling * lora.lora_B @ lora.lora_A).to(layer.base.weight.dtype)
+            model.set_submodule(path, layer.base)
+        model.score.weight.data.copy_(head)
+        offset = config.get("reward_offset", 0.0)
+    return model, offset
+
+
+def load_roles(args, folder: str | None, same_tokens: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
+    """policy, reference, critic, and reward if a folder gives it. same_tokens: the critic can read as the reward model does."""
+    if not (args.rank or args.adapter):  # a model each; the two that train have float32 masters
+        policy = common.load_model(args, dtype, device, weight_dtype=torch.float32)
+        reference = common.load_model(args, dtype, device)
+        roles = {"policy": Role(policy, dtype), "reference": Role(reference, dtype)}
+        critic, offset = load_classifier(args, folder if folder and same_tokens else args.model, dtype, device, torch.float32)  # [8]
+        if not (folder and same_tokens):
+            nn.init.zeros_(critic.score.weight)  # a new head: nothing is expected yet
+        roles["critic"] = Role(critic, dtype, head=critic.score, offset=offset)
+        trained = {*policy.parameters(), *critic.parameters()}
+    else:
+        model = common.load_model(args, dtype, device)
+        if args.adapter:  # the policy starts there, and so the reference stays there
+            config, _ = load_adapter(model, "policy", args.adapter)
+            load_adapter(model, "reference", args.adapter)
+            args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
+        else:
+            add_adapter(model, "policy", list(common.linear_layers(model, args.targets)), args.rank, args.alpha / args.rank)
+        layers = list(adapted_layers(model))
+        args.target_modules = common.short_names(model, layers)
+        head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=device)
+        roles = {"policy": Role(model, dtype, "policy"), "critic": Role(model, dtype, "critic", head)}
+        roles["reference"] = Role(model, dtype, "reference" if args.adapter else None)
+        if adapter_config(folder).get("base_fingerprint") == model.base_fingerprint:
+            config, weight = load_adapter(model, "reward", folder)
+            load_adapter(model, "critic", folder)  # [8]
+            roles["reward"] = Role(model, dtype, "reward", nn.Linear(*reversed(weight.shape), bias=False, device=device), config.get("reward_offset", 0.0))
+            for role in (roles["reward"], roles["critic"]):
+                role.head.weight.data.copy_(weight)
+                role.offset = roles["reward"].offset
+        else:
+            common.say("the critic starts as a new adapter with a head of zeros: no reward model is a LoRA on this base")
+            scaling = args.alpha / (math.sqrt(args.rank) if args.rslora else args.rank)
+            add_adapter(model, "critic", layers, args.rank, scaling)
+            nn.init.zeros_(head.weight)
+        trained = {*adapter_tensors(model, "policy").values(), *adapter_tensors(model, "critic").values(), head.weight}
+    if folder and "reward" not in roles:
+        model, offset = load_classifier(args, folder, dtype, device, dtype)
+        roles["reward"] = Role(model, dtype, head=model.score, offset=offset)
+    for role in roles.values():
+        common.disable_dropout(role.model)  # [7]
+        for p in role.parameters():
+            p.requires_grad_(p in trained)
+    return roles
+
+
+def memory_table(roles: dict[str, Role]) -> str:
+    """Who shares which parameters, how many of them train, and what they take."""
+    users = {}
+    for name, role in roles.items():
+        for p in role.parameters():
+            users.setdefault(p, []).append(name)
+    lines = [f"{'in memory for':42} {'parameters':>15} {'trained':>15} {'GiB':>8}"]
+    for names in dict.fromkeys(map(tuple, users.values())):
+        shared = [p for p in users if tuple(users[p]) == names]
+        numbers = sum(p.numel() for p in shared), sum(p.numel() for p in shared if p.requires_grad), sum(p.nbytes for p in shared) / 2**30
+        lines.append("{:42} {:15,} {:15,} {:8.3f}".format(" + ".join(names), *numbers))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- Rewards
+
+
+def load_function(spec: str):
+    """FILE.py:FUNCTION -> the function. The file is run: only because the user named it."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise common.UserError(f"--reward {spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise common.UserError(f"--reward {spec}: {path} cannot be run: {type(error).__name__}: {error}")
+    if not callable(getattr(module, name, None)):
+        raise common.UserError(f"--reward {spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def function_scores(function, spec: str, conversations: list[list[dict]], answers: list[str], references: list[str | None]) -> list[float]:
+    prompts = ["\n\n".join(message["content"] for message in conversation) for conversation in conversations]
+    try:
+        scores = [float(score) for score in function(prompts, answers, references)]
+    except Exception as error:
+        raise common.UserError(f"--reward {spec} raised {type(error).__name__}: {error}")
+    if len(scores) != len(answers):
+        raise common.UserError(f"--reward {spec} gave {len(scores)} numbers for {len(answers)} answers")
+    bad = next((i for i, score in enumerate(scores) if not math.isfinite(score)), None)
+    if bad is not None:
+        raise common.UserError(f"--reward {spec} gave {scores[bad]} for the answer {answers[bad]!r}")
+    return scores
+
+
+@torch.no_grad()
+def model_scores(reward: Role, tokenizer, args, conversations: list[list[dict]], answers: list[str]) -> list[float]:
+    """The reward model's score at the last token of each conversation, written with its own tokenizer and chat template."""
+    joined = args.template == "none" or not tokenizer.chat_template
+    turns = [{"role": "assistant", "content": answer} for answer in answers]
+    documents = [common.encode_answers(tokenizer, conversation, [turn], joined)[0][0] for conversation, turn in zip(conversations, turns)]
+    scores, order = [0.0] * len(documents), sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    for rows in (order[i : i + args.rollout_batch_size] for i in range(0, len(order), args.rollout_batch_size)):
+        ids, mask = padded([documents[i] for i in rows], 0, reward.head.weight.device)
+        last = torch.arange(len(rows), device=ids.device) * ids.shape[1] + mask.sum(1) - 1
+        with reward.on_stage():
+            for i, score in zip(rows, reward.values(ids, mask, last).tolist()):
+                scores[i] = score
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------------ Rollouts
+
+
+def padded(rows: list[list[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (input_ids, attention_mask), both (B, longest)."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[b, where], mask[b, where] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device)
+
+
+def collate(prompts: list[list[int]], answers: list[list[int]], pad_id: int, device: torch.device) -> dict:
+    """Rows of prompt and answer, padded on the right, as `target_logps` takes them. N is the number of answer tokens: targets (N,) row
+    by row, and target_index (N,), the position in the flattened (B * T,) before each."""
+    ids, mask = padded([prompt + answer for prompt, answer in zip(prompts, answers)], pad_id, device)
+    index = [b * ids.shape[1] + len(prompt) + t - 1 for b, (prompt, answer) in enumerate(zip(prompts, answers)) for t in range(len(answer))]
+    targets = torch.tensor([token for answer in answers for token in answer], device=device)
+    return {"input_ids": ids, "attention_mask": mask, "targets": targets, "target_index": torch.tensor(index, device=device)}
+
+
+def as_rows(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N,) token by token, row after row -> (B, T), 0 outside the mask."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+@dataclass
+class Answer:
+    """A prompt's number in its step, and what the policy wrote: tokens with the stop token, if it came; log p and entropy at each."""
+
+    number: int
+    tokens: list[int]
+    logps: list[float]
+    entropies: list[float]
+
+
+def sample(policy: Role, prompts: list[list[int]], uniforms: torch.Tensor, stop: list[int], temperature: float, pad_id: int) -> list[tuple]:
+    """[1] [2] Answers to a batch of prompts, a token at a time, with the KV cache -> (tokens, logps, entropies) of each.
+
+    uniforms (B, R), float64 in [0, 1): token t of row b is where uniforms[b, t] falls among the cumulated probabilities, so a row
+    does not depend on the rows beside it.
+    """
+    ids, mask = padded(prompts, pad_id, uniforms.device, left=True)  # (B, P)
+    stop, cache, running, columns = torch.tensor(stop, device=ids.device), None, torch.ones(len(ids), dtype=torch.bool, device=ids.device), []
+    with policy.on_stage() as model, policy.autocast(), common.evaluating(model):
+        head = common.output_head(model, temperature)
+        for u in uniforms.T:  # (B,)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [9] of the prompt, then of one new token after another
+            out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]  # (B, d)
+            logps = common.head_logits(hidden.to(head[0].dtype), *head).log_softmax(-1)  # (B, V)
+            probabilities = logps.exp()
+            cumulated = probabilities.double().cumsum(-1)  # float32 would lose the tail of a large vocabulary
+            token = torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True).clamp(max=logps.shape[1] - 1)  # (B, 1)
+            columns.append((token[:, 0], logps.gather(1, token)[:, 0], torch.special.entr(probabilities).sum(1)))
+            mask = torch.cat([mask, running[:, None].long()], 1)
+            ids = torch.where(running[:, None], token, pad_id)
+            running = running & ~torch.isin(token[:, 0], stop)
+            if not running.any():
+                break
+    tokens, logps, entropies = (torch.stack(column, 1).tolist() for column in zip(*columns))  # (B, R)
+    ends = [next((t + 1 for t, token in enumerate(row) if token in stop.tolist()), len(row)) for row in tokens]
+    return [(tokens[b][:end], logps[b][:end], entropies[b][:end]) for b, end in enumerate(ends)]
+
+
+def gathered(items: list) -> list:
+    """The lists of all ranks, one after another."""
+    parts = [items] * common.world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+@torch.no_grad()
+def over_micro_batches(role: Role, compute, micro_batches, mask) -> torch.Tensor:
+    """compute(batch) -> (N,), for all micro-batches of a rollout: (n, T)."""
+    result = torch.zeros(mask.shape, device=mask.device)
+    for rows, batch, _ in micro_batches:
+        if batch is not None:
+            with role.on_stage():
+                result[rows] = as_rows(compute(batch), mask[rows])
+    return result
+
+
+@dataclass
+class Rollout:
+    """A step's answers. n rows are this rank's, micro-batch after micro-batch; T is the longest answer of all ranks."""
+
+    mask: torch.Tensor  # (n, T) True on answer tokens
+    logps: torch.Tensor  # (n, T)
+    reference_logps: torch.Tensor  # (n, T)
+    scores: torch.Tensor  # (n,)
+    micro_batches: list[tuple[slice, dict | None, int]]  # rows, inputs of `target_logps`, answer tokens over all ranks
+    rows: int  # of all ranks
+    tokens: int  # prompts and answers of all ranks
+    figures: dict[str, float]
+    table: list[tuple[int, float, str, str]]  # (number of the prompt, score, prompt, answer)
+
+
+@torch.no_grad()
+def collect(args, roles: dict[str, Role], tokenizer, scorer, stop: list[int], corpus, documents: list[int], stream: list[int]) -> Rollout:
+    """Answer, score, and compute what the updates need. stream: numbers that make these samples other than those of another step."""
+    started, device, ranks, rank, pad_id = time.perf_counter(), corpus.device, common.world_size(), common.rank(), corpus.pad_id
+    prompts = [corpus.table[document]["input_ids"][: corpus.lengths[document]].tolist() for document in documents]
+    # like lengths together; each rank answers every so many batches
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    batches = [order[i : i + args.rollout_batch_size] for i in range(0, len(order), args.rollout_batch_size)]
+    answers = []
+    for batch in batches[rank::ranks]:
+        uniforms = np.stack([np.random.default_rng([args.seed, *stream, i]).random(args.response_length) for i in batch])
+        written = sample(roles["policy"], [prompts[i] for i in batch], torch.from_numpy(uniforms).to(device), stop, args.temperature, pad_id)
+        answers += [Answer(i, *one) for i, one in zip(batch, written)]
+    answers = gathered(answers)
+
+    # micro-batches of like length, each with --batch-size rows for every rank; mine: this rank's rows, all of them one after another
+    answers.sort(key=lambda answer: (len(prompts[answer.number]) + len(answer.tokens), answer.number))
+    size, mine, micro_batches = args.batch_size, [], []
+    for group in (answers[i : i + size * ranks] for i in range(0, len(answers), size * ranks)):
+        own = group[rank * size : (rank + 1) * size]
+        batch = collate([prompts[a.number] for a in own], [a.tokens for a in own], pad_id, device) if own else None
+        micro_batches.append((slice(len(mine), len(mine) + len(own)), batch, sum(len(a.tokens) for a in group)))
+        mine += own
+    longest = max(len(a.tokens) for a in answers)
+    mask = (torch.arange(longest) < torch.tensor([[len(a.tokens)] for a in mine]).view(-1, 1)).to(device)  # (n, T)
+
+    conversations = [json.loads(str(corpus.table[documents[a.number]]["conversation"])) for a in mine]
+    references = [c.pop()["content"] if c[-1]["role"] == "assistant" else None for c in conversations]
+    texts = [tokenizer.decode(a.tokens, skip_special_tokens=True) for a in mine]
+    ended = torch.tensor([a.tokens[-1] in stop for a in mine], dtype=torch.bool)
+    try:
+        scores, trouble = scorer(conversations, texts, references) if mine else [], None
+    except common.UserError as error:  # perhaps on this rank alone: all must stop
+        scores, trouble = [], str(error)
+    if any(troubles := gathered([trouble])):
+        raise common.UserError(next(filter(None, troubles)))
+    if args.unfinished_score is not None:  # [2]
+        scores = [score if end else args.unfinished_score for score, end in zip(scores, ended.tolist())]
+
+    logps = over_micro_batches(roles["policy"], lambda batch: roles["policy"].logps(batch, args.temperature), micro_batches, mask)  # [3]
+    reference_logps = over_micro_batches(roles["reference"], lambda batch: roles["reference"].logps(batch, args.temperature), micro_batches, mask)
+
+    sampled = as_rows(torch.tensor([logp for a in mine for logp in a.logps], device=device), mask)
+    k1, k3 = kl_estimates(logps, reference_logps, mask)
+    response_tokens, n = sum(len(a.tokens) for a in answers), len(answers)
+    figures = {  # [10]
+        "score": common.over_ranks(sum(scores)) / n,
+        "kl": common.over_ranks(k1.sum().item()) / n,
+        "kl_k3": common.over_ranks(k3.sum().item()) / n,
+        "response_length": response_tokens / n,
+        "eos_rate": common.over_ranks(ended.sum().item()) / n,
+        "entropy": sum(sum(a.entropies) for a in answers) / response_tokens,
+        "sampling_error": common.over_ranks((sampled - logps).abs().sum().item()) / response_tokens,
+        "rollout_tokens_per_second": response_tokens / (time.perf_counter() - started),
+    }
+    table = [(a.number, score, conversation[-1]["content"], text) for a, score, conversation, text in zip(mine, scores, conversations, texts)]
+    tokens = response_tokens + sum(map(len, prompts))
+    return Rollout(mask, logps, reference_logps, torch.tensor(scores, device=device), micro_batches, n, tokens, figures, table)
+
+
+# ------------------------------------------------------------------------------------------------------------ Training
+
+
+def check_health(rollout: Rollout, run, args) -> None:
+    """Stop before a policy that has gone astray is saved: a step is saved after the policy has been seen to sample."""
+    kl, entropy, trouble = rollout.figures["kl"] / rollout.figures["response_length"], rollout.figures["entropy"], None
+    if not math.isfinite(kl) or not math.isfinite(entropy):
+        trouble = "the policy has collapsed: its log-probabilities are not finite"
+    elif kl > args.max_kl:
+        trouble = f"KL has exploded: {kl:.3g} nats a token away from the reference (--max-kl {args.max_kl:g})"
+    elif entropy < args.min_entropy:
+        trouble = f"the policy has collapsed: its entropy is {entropy:.3g} nats a token (--min-entropy {args.min_entropy:g})"
+    if trouble:
+        good = f"the last good checkpoint is {run.checkpoints()[-1]}" if run.checkpoints() else "there is no checkpoint yet"
+        raise common.UserError(f"step {run.step + 1}: {trouble}; {good}. Try a lower --lr or a higher --kl-coefficient")
+
+
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    lora = bool(args.rank or args.adapter)
+    if common.world_size() > 1 and not lora:
+        raise common.UserError("torchrun: every rank holds whole models here, and only adapters train on several: give --lora-rank")
+    if args.response_length >= args.max_length:
+        raise common.UserError(f"--response-length {args.response_length} leaves no room for a prompt in --max-length {args.max_length}")
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    prompt_args = argparse.Namespace(**vars(args) | {"max_length": args.max_length - args.response_length})
+    corpus, evaluation = common.load_data(prompt_args, tokenizer, vocab_size, device, kind="prompts")
+    if args.inspect:
+        return corpus.show(tokenizer)
+    corpus.rows_per_step *= args.minibatches  # a step is a rollout
+
+    folder = None if ".py:" in args.reward else args.reward
+    function = None if folder else load_function(args.reward)
+    reward_tokenizer = tokenizer if folder is None else load_reward_tokenizer(args, folder)
+    same_tokens = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
+    roles = load_roles(args, folder, same_tokens, dtype, device)
+    common.say(memory_table(roles))
+
+    def scorer(conversations, answers, references):
+        if function:
+            return function_scores(function, args.reward, conversations, answers, references)
+        return model_scores(roles["reward"], reward_tokenizer, args, conversations, answers)
+
+    policy, critic = roles["policy"], roles["critic"]
+    trained = nn.ModuleDict({"policy": policy.model, "critic": critic.head if lora else critic.model})
+    trained.base_fingerprint = policy.model.base_fingerprint
+    for model in {policy.model, critic.model}:
+        common.checkpoint_blocks(model, args)
+    stop, plan = common.stop_ids(policy.model, tokenizer), corpus.plan()
+
+    def rollout_of(step: int) -> Rollout:
+        epoch, first = plan[min(step, len(plan) - 1)]  # behind the last step, its prompts once more
+        documents = [document for row in corpus.rows(epoch)[first : first + corpus.rows_per_step] for document in row]
+        return collect(args, roles, tokenizer, scorer, stop, corpus, documents, [0, step])
+
+    def measure() -> dict[str, float]:
+        """The same draws at every evaluation. Prints a table of answers."""
+        rollout = collect(args, roles, tokenizer, scorer, stop, evaluation, [document for row in evaluation.rows() for document in row], [1])
+        rows = sorted(gathered(rollout.table))[: args.samples]
+        lines = [f"{score:9.3f} | {prompt[-50:]!r:52} | {answer[:100]!r}" for _, score, prompt, answer in rows]
+        common.say("\n".join([f"{'score':>9} | {'held-out prompt':52} | answer", *lines] if lines else []))
+        return {name: value for name, value in rollout.figures.items() if name != "rollout_tokens_per_second"}
+
+    weights = [[p for p in role.parameters() if p.requires_grad] for role in (policy, critic)]
+    optimizers = [torch.optim.Adam(parameters, lr=0.0, eps=1e-5, fused=True) for parameters in weights]  # [7]
+    run = common.Run(args, trained, tokenizer, optimizers, corpus, evaluation, measure, show=list)
+    run.begin()
+    beta = run.own.setdefault("kl_coefficient", args.kl_coefficient)
+    rollout = rollout_of(run.step) if run.step < run.total_steps else None
+
+    for step in range(run.step, run.total_steps):
+        check_health(rollout, run, args)
+        started, mask, micro_batches = time.perf_counter(), rollout.mask, rollout.micro_batches
+        rates = [common.learning_rate(step, run.total_steps, argparse.Namespace(**vars(args) | {"lr": lr})) for lr in (args.lr, args.critic_lr)]
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate
+
+        old_values = over_micro_batches(critic, lambda batch: critic.values(**batch), micro_batches, mask)
+        rewards = token_rewards(rollout.logps, rollout.reference_logps, rollout.scores, mask, beta)
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        unexplained, variance = masked_moments(returns - old_values, mask)[1], masked_moments(returns, mask)[1]
+        advantages = whiten(advantages, mask)
+
+        sums, updates = torch.zeros(3, device=device), 0
+        for ppo_epoch in range(args.ppo_epochs):
+            order = np.random.default_rng([args.seed, 2, step, ppo_epoch]).permutation(len(micro_batches))  # [7]
+            for minibatch in (order[i : i + args.grad_accum] for i in range(0, len(order), args.grad_accum)):
+                minibatch = [micro_batches[i] for i in minibatch]
+                count = sum(tokens for _, _, tokens in minibatch)
+                for rows, batch, _ in minibatch:
+                    if batch is None:  # too few answers for all ranks
+                        continue
+                    with policy.on_stage():
+                        logps = as_rows(policy.logps(batch, args.temperature), mask[rows])
+                        loss, clipped = policy_loss(logps, rollout.logps[rows], advantages[rows], mask[rows], args.clip, count)
+                        loss.backward()
+                    with critic.on_stage():
+                        values = as_rows(critic.values(**batch), mask[rows])
+                        critic_loss = value_loss(values, old_values[rows], returns[rows], mask[rows], args.clip, count)
+                        (args.value_coefficient * critic_loss).backward()
+                    sums += torch.stack([loss, critic_loss, clipped]).detach()
+                    if updates == 0:
+                        check_ratio(logps, rollout.logps[rows], exact=dtype == torch.float32)
+                common.sum_gradients([p for parameters in weights for p in parameters])
+                if step == updates == 0:
+                    common.check_gradients(trained)
+                norms = [nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf) for parameters in weights]
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                updates += 1
+        policy_sum, value_sum, clipped_sum = sums / updates
+        seconds, tokens = time.perf_counter() - started, rollout.tokens
+
+        figures = rollout.figures | {
+            "reward": common.over_ranks(rewards.sum().item()) / rollout.rows, "kl_coefficient": beta, "critic_lr": rates[1],
+            "explained_variance": 1 - unexplained / variance if variance else 0.0, "critic_grad_norm": norms[1].item(),
+            "update_tokens_per_second": tokens * args.ppo_epochs / seconds,
+        }  # fmt: skip
+        if args.kl_target:  # [8]
+            beta = run.own["kl_coefficient"] = adapted_kl_coefficient(beta, figures["kl"], args.kl_target, rollout.rows, args.kl_horizon)
+        rollout = rollout_of(step + 1)  # before end_step, which may save: what the policy has become shows in its samples
+        check_health(rollout, run, args)
+        sums = {"loss": policy_sum + args.value_coefficient * value_sum, "policy_loss": policy_sum, "value_loss": value_sum, "clip_fraction": clipped_sum}
+        sums |= {name: torch.tensor(value / common.world_size(), device=device) for name, value in figures.items()}
+        epoch, first = plan[step]
+        epoch += min(1.0, (first + corpus.rows_per_step) / len(corpus.rows(epoch)))
+        run.end_step(epoch, sums, tokens, 1, rates[0], norms[0])
+
+    if lora:
+        save_policy(args, policy.model, tokenizer)
+    else:
+        common.save_trained(Path(args.output), policy.model, tokenizer, dtype, args.trust_remote_code)
+    run.finish()
+    common.say_how_to_use(args, adapter=lora)
+
+
+def check_ratio(logps, old_logps, exact: bool) -> None:
+    """[3] Nothing has been trained yet: ratio 1, clip fraction 0."""
+    off = (logps.detach() - old_logps).abs().max().item()
+    if off > (1e-4 if exact else 0.05):
+        raise common.UserError(f"the first update finds other log-probabilities than the rollout, by {off:.3g} nats: this model does not compute "
+                               "the same twice (dropout, or random kernels)")  # fmt: skip
+
+
+def load_reward_tokenizer(args, folder: str):
+    """Of a folder that holds a reward model, full or LoRA; else an error."""
+    there = argparse.Namespace(**vars(args) | {"model": folder})
+    try:
+        lora = adapter_config(folder)
+        kinds = [lora.get("task_type")] if lora else common.from_hub(transformers.AutoConfig, there).architectures or []
+        if not any(kind == "SEQ_CLS" or "SequenceClassification" in kind for kind in map(str, kinds)):
+            raise common.UserError(f"--model {folder}: no reward model: neither a sequence classifier nor a SEQ_CLS LoRA")
+        return common.from_hub(transformers.AutoTokenizer, there)
+    except common.UserError as error:
+        raise common.UserError(str(error).replace("--model", "--reward", 1))
+
+
+def save_policy(args, model, tokenizer) -> None:
+    """The policy's adapter in PEFT's form."""
+    config = {
+        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": 0.0,
+        "target_modules": args.target_modules, "bias": "none",
+        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model, "policy"))
+
+
+def main(argv=None) -> None:
+    without = ("--packing", "--patience", "--weight-decay", "--max-length")
+    parser = common.make_parser(__doc__, without, output="runs/ppo", data=[common.example("preferences.jsonl")], lr=None, packing=False, patience=0,
+                                rslora=False, schedule="linear", warmup_ratio=0.0, grad_accum=4, log_every=1, eval_every=10, save_every=10, samples=4)  # fmt: skip
+    number, add = common.number, parser.add_argument_group("PPO").add_argument
+    add("--reward", metavar="FOLDER|FILE.py:FUNCTION", default=common.example("rewards.py") + ":lowercase",
+        help="what reward_model.py wrote, or a function of prompts, answers and references (its file is run)")  # fmt: skip
+    add("--max-length", type=number(int, 2), default=512, help="tokens of a prompt and its answer; prompts that leave no room are dropped")
+    add("--response-length", type=number(int, 1), default=64, help="the most tokens of an answer")
+    add("--temperature", type=number(float, 1e-3), default=1.0, help="of sampling, and so of the log-probabilities everywhere")
+    add("--unfinished-score", type=lambda text: None if text == "none" else float(text), default=-1.0, help="score of an answer cut off; none: as it is")
+    add("--rollout-batch-size", type=number(int, 1), default=32, help="answers sampled at once on one device")
+    add("--minibatches", type=number(int, 1), default=4, help="a rollout is this many times --batch-size * --grad-accum prompts (on each rank)")
+    add("--ppo-epochs", type=number(int, 1), default=4, help="passes over each rollout")
+    add("--kl-coefficient", type=number(float, 0), default=0.05, help="beta: the price of a nat of KL, where it starts")
+    add("--kl-target", type=number(float, 1e-6), help="adapt beta to keep KL here, in nats an answer (Ziegler's is 6); default: beta is fixed")
+    add("--kl-horizon", type=number(int, 1), default=10_000, help="answers in which the adapted beta moves by 20 %% at most")
+    add("--gamma", type=number(float, 0), default=1.0, help="discount of the tokens to come")
+    add("--lam", type=number(float, 0), default=0.95, help="lambda of the advantage estimation")
+    add("--clip", type=number(float, 0), default=0.2, help="eps: of the policy's ratio around 1, of the critic's values around the old ones")
+    add("--value-coefficient", type=number(float, 0), default=0.1, help="weight of the critic's loss")
+    add("--critic-lr", type=number(float, 0), help="default: --lr")
+    add("--max-kl", type=number(float, 0), default=5.0, help="stop when the policy is this far from the reference, in nats a token")
+    add("--min-entropy", type=number(float, 0), default=1e-3, help="stop when the policy's entropy falls below, in nats a token")
+    add("--lora-rank", dest="rank", type=number(int, 0), default=0, metavar="R", help="all models on one base, with adapters of this rank; 0: a model each")
+    add("--lora-alpha", dest="alpha", type=number(float, 0), default=32, help="an update is scaled by alpha / rank")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--adapter", metavar="FOLDER", help="LoRA that the policy starts from, and that the reference is; its rank, alpha and targets hold")
+    args = parser.parse_args(argv)
+    args.lr = args.lr if args.lr is not None else 3e-5 if args.rank or args.adapter else 3e-6
+    args.critic_lr = args.lr if args.critic_lr is None else args.critic_lr
+    train(args)
+
+
+if __name__ == "__main__":
+    common.launch(main, out_of_memory="--lora-rank 16; --gradient-checkpointing; a smaller --batch-size with more --grad-accum; a smaller "
+                  "--rollout-batch-size; a shorter --response-length")  # fmt: skip
