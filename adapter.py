@@ -260,7 +260,7 @@ def load_adapters(model, args) -> None:
 
 def say_how_to_use(args) -> None:
     """The last lines of a run: where the adapter lies, and a command that uses it on the same held-out rows."""
-    base = f"{args.output}/base" if args.model == "tiny" else args.model
+    base = f"{args.output}/base" if args.model == "random" else args.model
     again = ["python", "adapter.py", "--model", base, "--adapter", args.output, "--max-steps", "0"]
     again += ["--output", f"{args.output}-again", "--data", *args.data]
     again += ["--eval-data", *args.eval_data] if args.eval_data else ["--eval-fraction", str(args.eval_fraction)]

@@ -61,10 +61,19 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad flag is a UserError: one line instead of the whole usage text."""
+    """argparse, but a bad flag is a UserError: one line instead of the whole usage text. And where no --model is given, the
+    defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
+
+    demo = {}
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else args
+        if not any(argument.split("=")[0] == "--model" for argument in given):
+            self.set_defaults(**self.demo)
+        return super().parse_args(args, namespace)
 
 
 def number(kind, minimum, below=math.inf):
@@ -84,16 +93,23 @@ def example(name: str) -> str:
     return str(Path(__file__).parent / "examples" / name)
 
 
-def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
-    """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. defaults: the script's
-    own (output, lr ...), of the flags it is without, too."""
-    parser, yes_no = Parser(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter), argparse.BooleanOptionalAction
+# what demonstrations have in common
+DEMO = {"data": [example("task.jsonl")], "max_length": 128, "eval_fraction": 1 / 6, "samples": 3, "exact_match": 100, "eval_every": 1000}
+
+
+def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = None, **defaults) -> Parser:
+    """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. demo: defaults where no
+    --model is given. defaults: the script's own (output, lr ...), of the flags it is without, too."""
+    help_form, yes_no = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
+    parser = Parser(description=doc.split("\n\n")[0], formatter_class=help_form, allow_abbrev=False)
+    parser.demo = DEMO | (demo or {})
 
     def add(flag: str, **options):
         if flag not in without:
             parser.add_argument(flag, **options)
 
-    add("--model", default="tiny", help="a folder, a Hugging Face Hub name, or `tiny`: a small random Llama made in memory")
+    add("--model", default=example("tiny"), help="a folder, a Hugging Face Hub name, or `random`: a small random Llama made in memory. "
+        "Without --model the script shows what it does on examples/tiny, with settings of its own")
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", default=[example("instructions.jsonl")],
         help=".jsonl, .json, .csv, .parquet files, folders of them, or Hub data sets (NAME, NAME@SPLIT, NAME@CONFIG@SPLIT). "
         "WEIGHT is how often a row comes up in an epoch: 2 is twice, 0.5 half of the rows, and the other half in the next epoch")
@@ -125,6 +141,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), **defaults) -> Parser:
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
     add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
+    add("--exact-match", type=number(int, 0), default=0, metavar="N",
+        help="answer N held-out prompts before and after training: how many answers are, to the letter, the data's?")
     add("--system", metavar="TEXT", help="system turn of conversations that have none (some templates slip in one of their own)")
     add("--template", metavar="NAME", help="chatml, alpaca, none (strings joined as they are) or a .jinja file; default: the model's, else alpaca")
     add("--trust-remote-code", action="store_true", help="run the Python code that comes with some models")
@@ -839,7 +857,7 @@ def from_hub(auto_class, args, **options):
 
 def load_tokenizer(args):
     """-> (tokenizer with a chat template and a pad token, number of embeddings of the model). Says what it had to choose."""
-    if args.model == "tiny":
+    if args.model == "random":
         tokenizer, vocab_size = tiny_tokenizer(), 320
     else:
         vocab_size = from_hub(transformers.AutoConfig, args).get_text_config().vocab_size
@@ -873,7 +891,7 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
     head "score": a sequence classifier with one label in place of the causal LM, and no target_logps. Its head is random
     where the model on disk has none."""
     weight_dtype = weight_dtype or dtype
-    if args.model == "tiny":
+    if args.model == "random":
         model = tiny_model().to(weight_dtype)
         if head == "score":
             base, model = model, transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**model.config.to_dict() | {"num_labels": 1}))
@@ -1285,8 +1303,8 @@ def save_model(folder: Path, model, tokenizer) -> None:
 
 def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.Tensor]) -> None:
     """adapter_config.json and adapter_model.safetensors in --output, in PEFT's form: config fields and keys are PEFT's."""
-    where = Path(args.output) / "base" if args.model == "tiny" else Path(args.model)
-    base = str(where.resolve()) if args.model == "tiny" or where.exists() else args.model  # a Hub name stays as it is
+    where = Path(args.output) / "base" if args.model == "random" else Path(args.model)
+    base = str(where.resolve()) if args.model == "random" or where.exists() else args.model  # a Hub name stays as it is
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True, "base_fingerprint": model.base_fingerprint} | config
 
     tensors_on_cpu = {name: unsharded(tensor) for name, tensor in tensors.items()}
@@ -1299,7 +1317,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.
     if rank() != 0:
         return
     save_into(Path(args.output), write)
-    if args.model == "tiny":
+    if args.model == "random":
         base = tiny_model()
         base.padded_attention = base.config._attn_implementation
         save_model(where, base, tokenizer)
@@ -1349,7 +1367,7 @@ The model lies in {args.output}. Answer with it:
   python -c "import transformers as t; print({plain.format(args.output)})\"""")
         return
     merged = f"{args.output}-merged"
-    again = ["python", script, "--model", f"{args.output}/base" if args.model == "tiny" else args.model, "--adapter", args.output]
+    again = ["python", script, "--model", f"{args.output}/base" if args.model == "random" else args.model, "--adapter", args.output]
     again += ["--eval-fraction", "0", "--samples", "0", "--max-steps", "0", "--merge", "--output", merged]
     again += ["--trust-remote-code"] * args.trust_remote_code
     if args.template:
@@ -1455,18 +1473,18 @@ def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens:
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
-def samples(model, tokenizer, corpus: Corpus) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples documents; raw text is continued from
-    its middle."""
-    prompts, references = [], []
+def samples(model, tokenizer, corpus: Corpus, count: int) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first documents; raw text is continued from its middle."""
+    prompts, references, answers = [], [], []
     documents = [document for row in corpus.rows() for document in (row if corpus.answers is None else row[:1])]
-    for document in documents[: corpus.args.samples]:
+    for document in documents[:count]:
         ids, marks = corpus.table[document]["input_ids"].tolist(), corpus.table[document]["is_target"].astype(np.int8)
         starts = np.flatnonzero(np.diff(marks) == 1) + 1  # where answers begin
         start = int(starts[-1]) if starts[-1] > 1 else len(ids) // 2
         prompts.append(ids[:start])
         references.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
-    answers = generate(model, tokenizer, prompts, corpus.device) if prompts else []
+    for first in range(0, len(prompts), 32):
+        answers += generate(model, tokenizer, prompts[first : first + 32], corpus.device)
     return [(tokenizer.decode(p, skip_special_tokens=True), a, r) for p, a, r in zip(prompts, answers, references)]
 
 
@@ -1494,7 +1512,7 @@ class Run:
 
     # Flags that may differ on --resume. The base model, the data, the adapter and the rows of a step are compared by content.
     MAY_DIFFER = {
-        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "log_every", "eval_every", "save_every", "keep", "batch_size",
+        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep", "batch_size",
         "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard", "trust_remote_code",
     }  # fmt: skip
 
@@ -1505,7 +1523,7 @@ class Run:
         """measure() -> named held-out figures, "loss" among them for --patience; default: the targets' negative log-likelihood.
         show() -> held-out examples, (prompt, answer, reference) each; default: answers to held-out prompts."""
         self.measure = measure or (lambda: corpus_means(model, evaluation, lambda batch: {"loss": -model.target_logps(**batch).sum()}))
-        self.show = show or (lambda: samples(model, tokenizer, evaluation or corpus))
+        self.show = show or (lambda: samples(model, tokenizer, evaluation or corpus, max(args.samples, args.exact_match)))
         self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, corpus.device
         self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
         if self.total_steps == 0 and args.max_steps is None:
@@ -1571,6 +1589,7 @@ class Run:
         if self.step == 0:
             self.evaluate()
             self.before = self.show()
+            self.measure_answers(self.before)
         self.model.train()
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
@@ -1739,11 +1758,28 @@ class Run:
         say(f"resumed after step {self.step} from {folder}")
         return True
 
+    def measure_answers(self, shown: list[tuple[str, str, str]]) -> None:
+        """--exact-match, of answers to held-out prompts."""
+        if self.args.exact_match and shown:
+            right = [answer.strip() == reference.strip() for _, answer, reference in shown[: self.args.exact_match]]
+            self.write(step=self.step, eval_exact_match=sum(right) / len(right))
+            say(f"step {self.step}: {sum(right)} of {len(right)} held-out answers are exactly the data's")
+
     def show_samples(self) -> None:
-        """Held-out prompts with the answers before and after training (after a --resume: only after), and the data's."""
-        for n, (prompt, answer, reference) in enumerate(self.show()):
+        """Held-out prompts with the answers before and after training (after a --resume: only after), and the data's; then the
+        held-out figures before and after."""
+        after = self.show()
+        for n, (prompt, answer, reference) in enumerate(after[: self.args.samples]):
             before = f"--- before ---\n{self.before[n][1].strip()}\n" if self.before else ""
             say(f"\n--- held-out prompt {n + 1} ---\n{prompt.strip()}\n{before}--- after ---\n{answer.strip()}\n--- data ---\n{reference.strip()}")
+        say("")
+        self.measure_answers(after)
+        if rank() == 0:
+            lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+            for name in dict.fromkeys(key for line in lines for key in line if key.startswith("eval_") or key == "perplexity"):
+                values = [line[name] for line in lines if name in line]
+                if len(values) > 1:
+                    say(f"{name:24} {values[0]:8.3f} before, {values[-1]:8.3f} after")
 
     def finish(self) -> None:
         """The last line of metrics.jsonl: everything that the run was to write has been written."""

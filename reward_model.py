@@ -137,7 +137,7 @@ def load_reward_model(args, dtype: torch.dtype, device: torch.device, weight_dty
     """The model of --model with `model.rewards` bound to it, and the adapter of --adapter or a fresh LoRA on it. The head is
     the adapter's, else the one on disk, else random."""
     has_head = False
-    if args.model != "tiny":
+    if args.model != "random":
         config = common.from_hub(transformers.AutoConfig, args)
         has_head = any("SequenceClassification" in name for name in config.architectures or [])
         if has_head and config.num_labels != 1:
@@ -321,7 +321,7 @@ def score_file(args) -> None:
 
 
 def say_how_to_use(args, lora: bool) -> None:
-    again = f"--model {f'{args.output}/base' if args.model == 'tiny' else args.model} --adapter {args.output}" if lora else f"--model {args.output}"
+    again = f"--model {f'{args.output}/base' if args.model == 'random' else args.model} --adapter {args.output}" if lora else f"--model {args.output}"
     again += " --template none" if args.template == "none" else f" --template {args.output}/chat_template.jinja" if args.template and lora else ""
     again += f" --system {json.dumps(args.system, ensure_ascii=False)}" if args.system else ""
     again += " --trust-remote-code" if args.trust_remote_code else ""

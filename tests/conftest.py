@@ -14,6 +14,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import common  # noqa: E402
+
+# Tests train the random model, with a script's usual settings; its demonstration is what `--model` missing would mean.
+RANDOM = ["--model", "random"]
+parse_args = common.Parser.parse_args
+common.Parser.parse_args = lambda self, args: parse_args(self, [*args, *RANDOM * ("--model" not in args)])
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs minutes or a real model in $SMOLLM2; run with `pytest -m slow`")
@@ -48,7 +55,7 @@ def no_process_group_is_left():
 
 def run_script(script: str, *args, env: dict | None = None, **options) -> subprocess.CompletedProcess:
     """A script as a user runs it: its own process, its output captured."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    command = [sys.executable, str(ROOT / script), *map(str, args), *RANDOM * ("--model" not in args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}), **options)
 
 

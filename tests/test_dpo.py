@@ -170,7 +170,7 @@ def test_the_three_references_give_the_same_losses_where_they_are_the_same_model
     dpo.main(flags(tmp_path, "none", "--lora-rank", 4, "--max-steps", 0))
     dpo.main(flags(tmp_path, "fresh", "--lora-rank", 4))
     dpo.main(flags(tmp_path, "copy", "--adapter", tmp_path / "none"))
-    dpo.main(flags(tmp_path, "named", "--lora-rank", 4, "--reference", "tiny"))
+    dpo.main(flags(tmp_path, "named", "--lora-rank", 4, "--reference", "random"))
     losses = [[entry["loss"] for entry in read_metrics(tmp_path / name) if "loss" in entry] for name in ("fresh", "copy", "named")]
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(losses[2], abs=1e-5) and losses[0][-1] != losses[0][0]
@@ -238,7 +238,7 @@ def test_dropout_is_off(tmp_path):
 @pytest.mark.parametrize("more, message", [
     (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing is for"),
     (["--gamma", "1"], "SimPO's alone"),
-    (["--loss", "simpo", "--reference", "tiny"], "no --reference"),
+    (["--loss", "simpo", "--reference", "random"], "no --reference"),
     (["--offload", "--lora-rank", "4"], "--offload is for"),
 ])  # fmt: skip
 def test_flags_that_would_do_nothing_are_refused(more, message, tmp_path):

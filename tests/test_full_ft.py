@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_metrics, run_script, write_rows
+from conftest import RANDOM, ROOT, read_metrics, run_script, write_rows
 from safetensors.torch import load_file
 
 import common
@@ -165,7 +165,7 @@ def test_the_result_is_a_hugging_face_folder(tmp_path):
 
 
 def torchrun(ranks: int, *args) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "full_ft.py")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "full_ft.py"), *RANDOM]
     return subprocess.run([*launch, *map(str, args)], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_loads_at_another_world_size(tmp_path):
     """Two ranks are stopped by SIGTERM somewhere in the run, one process goes on: the weights of one process throughout."""
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     flags = ["--data", data, *SHARDED, "--max-steps", "40", "--save-every", "2", "--samples", "0"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "full_ft.py", *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "full_ft.py", *RANDOM, *flags]
     process = subprocess.Popen([*map(str, command), "--output", str(tmp_path / "two"), "--batch-size", "1"], stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not list((tmp_path / "two" / "checkpoint").glob("step-*")) and time.time() < deadline:

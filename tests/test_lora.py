@@ -160,7 +160,7 @@ def test_an_adapter_of_pefts_own_is_taken_up(tmp_path, capsys):
     config = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(base, config)
     theirs.save_pretrained(tmp_path)
-    args = lora_args("tiny", "--adapter", str(tmp_path))
+    args = lora_args("random", "--adapter", str(tmp_path))
     model = common.load_model(args, torch.float32, torch.device("cpu"))
     lora.load_lora(model, args)
     ids = torch.randint(0, 256, (1, 30))

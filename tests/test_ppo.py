@@ -550,7 +550,7 @@ def test_whole_models_train_in_one_process(monkeypatch, tmp_path):
 
 def test_two_ranks_equal_one_process(tmp_path):
     more = [*LORA, "--max-steps", 2, "--minibatches", 1, "--max-grad-norm", 0.5]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731", str(ROOT / "ppo.py")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731", str(ROOT / "ppo.py"), "--model", "random"]
     result = subprocess.run([*torchrun, *flags(tmp_path, "two", *more)], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     ppo.main(flags(tmp_path, "one", *more, "--batch-size", 4))

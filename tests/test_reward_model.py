@@ -304,11 +304,11 @@ def test_scores_stand_beside_their_rows_in_order(tmp_path, capsys):
     ({"prompt": "Hi"}, [], r"to_score.jsonl:1: no answer"),
     ({"text": "Hi"}, [], r"to_score.jsonl:1: raw text"),
     ({"prompt": "Hi", "response": None}, [], r"to_score.jsonl:1: field 'response' is null"),
-    ({"prompt": "Hi", "response": "Ho"}, ["--model", "tiny"], "tiny has no head"),
+    ({"prompt": "Hi", "response": "Ho"}, ["--model", "random"], "random has no head"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_an_error(row, flags, match, tmp_path):
     with pytest.raises(common.UserError, match=match):
-        score(tmp_path / "run", [row], *(flags or ["--model", "tiny"]))
+        score(tmp_path / "run", [row], *(flags or ["--model", "random"]))
     assert not (tmp_path / "scores").exists()
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script, write_rows
+from conftest import RANDOM, ROOT, read_metrics, run_script, write_rows
 from safetensors.torch import load_file
 
 import common
@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(script, more, at, tmp_p
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_exit(number, code, tmp_path):
-    command = [sys.executable, str(ROOT / "lora.py"), *flags(tmp_path, "run"), "--max-steps", "5000", "--save-every", "10"]
+    command = [sys.executable, str(ROOT / "lora.py"), *RANDOM, *flags(tmp_path, "run"), "--max-steps", "5000", "--save-every", "10"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not list((tmp_path / "run" / "checkpoint").glob("step-*")) and time.time() < deadline:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, write_rows
+from conftest import RANDOM, ROOT, read_metrics, write_rows
 from safetensors.torch import load_file
 
 ROWS = [{"prompt": c, "completion": c * n} for c in "abcd" for n in (1, 5, 9)]
@@ -29,7 +29,7 @@ def two(tmp_path_factory):
 
     def flags(n, name, more, ranks):
         data = pairs if name in ("dpo", "orpo", "reward_model") else rows
-        return ["--data", data, "--output", str(folder / f"{n}-{ranks}"), "--max-steps", "2", "--samples", "0", "--log-every", "1",
+        return [*RANDOM, "--data", data, "--output", str(folder / f"{n}-{ranks}"), "--max-steps", "2", "--samples", "0", "--log-every", "1",
                 "--batch-size", "3", "--grad-accum", str(2 // ranks), "--eval-fraction", "0.2", *more]  # fmt: skip
 
     runs = [(name, flags(n, name, more, 2)) for n, (name, more) in enumerate(RUNS)]
