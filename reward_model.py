@@ -178,7 +178,7 @@ def choose_pad_token(args, tokenizer, vocab_size: int) -> None:
         if tokenizer.pad_token_id >= vocab_size and (args.rank or args.adapter):
             raise common.UserError(f"--model {args.model}: its vocabulary has no unused special token to pad with and no room for a new one, "
                                    "which an adapter could not bring: leave out --lora-rank and --adapter")  # fmt: skip
-    common.say(f"padding with {tokenizer.pad_token!r}, token {tokenizer.pad_token_id}, because transformers looks for the last token that is not padding")
+    common.say(f"padding with {tokenizer.pad_token!r}: transformers reads the reward at the last token that is not padding")
 
 
 def train(args) -> None:
@@ -377,7 +377,7 @@ def load_lora(model, args) -> bool:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/reward_model", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("reward model").add_argument
-    add("--score", metavar="FILE", help="train nothing: write the rewards of prompts and answers in FILE to --output/scores.jsonl, in the rows' order")
+    add("--score", metavar="FILE", help="train nothing: write the rewards of the answers in FILE to --output/scores.jsonl, row by row")
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R", help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the head), or names such as q_proj,v_proj")

@@ -48,8 +48,8 @@ def train(folder, *flags, rows=(*PAIRS, RANKED)):
     """A short run of reward_model.py in this process. -> its output folder"""
     folder.parent.mkdir(exist_ok=True)
     data = ["--data", write_rows(folder.parent / "rows.jsonl", list(rows))]
-    quick = ["--output", str(folder), "--max-steps", "2", "--eval-fraction", "0", "--samples", "0", "--max-length", "128", "--lr", "0.003", "--log-every", "1"]
-    reward_model.main([*data, *quick, *map(str, flags)])
+    quick = ["--max-steps", "2", "--eval-fraction", "0", "--samples", "0", "--max-length", "128", "--lr", "0.003", "--log-every", "1"]
+    reward_model.main([*data, "--output", str(folder), *quick, *map(str, flags)])
     return folder
 
 
@@ -290,7 +290,8 @@ def test_the_offset_is_the_mean_reward_of_the_best_training_answers(tmp_path):
 def test_scores_stand_beside_their_rows_in_order(tmp_path, capsys):
     """Any row with a prompt and an answer, and preference rows; an answer that is cut has a reward, one that is gone has none."""
     folder = train(tmp_path / "run")
-    rows = [*ANSWERS, PAIRS[1], RANKED, {"prompt": "x" * 200, "response": "y"}, {"prompt": "x", "response": "y" * 200}, {"prompt": "x", "response": ""}]
+    odd = [{"prompt": "x" * 200, "response": "y"}, {"prompt": "x", "response": "y" * 200}, {"prompt": "x", "response": ""}]
+    rows = [*ANSWERS, PAIRS[1], RANKED, *odd]
     scored = score(folder, rows, "--model", folder, "--max-length", "128")
     assert [{key: row[key] for key in row if key not in ("reward", "rewards")} for row in scored] == rows
     assert isinstance(scored[0]["reward"], float) and len(scored[2]["rewards"]) == 2 and len(scored[3]["rewards"]) == 4
@@ -348,7 +349,8 @@ def test_4x1_equals_1x4(packing, tmp_path):
     """The same gradient to float32's precision, with rankings among the pairs: read from Adam's first moment after one step."""
 
     def gradients(size, accum):
-        folder = train(tmp_path / size, "--max-steps", "1", packing, "--max-grad-norm", "0", "--batch-size", size, "--grad-accum", accum, rows=[*PAIRS[:3], RANKED])
+        flags = ["--max-steps", "1", packing, "--max-grad-norm", "0", "--batch-size", size, "--grad-accum", accum]
+        folder = train(tmp_path / size, *flags, rows=[*PAIRS[:3], RANKED])
         saved = torch.load(folder / "checkpoint" / "step-00000001" / "optimizer.pt", weights_only=True)
         return {name: state["exp_avg"] for name, state in saved["optimizer"].items()}
 
@@ -365,7 +367,8 @@ def test_two_ranks_equal_one(tmp_path):
     runs = {"full": flags, "lora": [*flags, "--lora-rank", "4"]}
     for name, others in runs.items():
         reward_model.main([*others, "--output", str(tmp_path / "one" / name), "--batch-size", "2", "--grad-accum", "2"])
-    lines = [f"reward_model.main({[*others, '--output', str(tmp_path / 'two' / name), '--batch-size', '1', '--grad-accum', '2']})" for name, others in runs.items()]
+    halves = ["--batch-size", "1", "--grad-accum", "2"]
+    lines = [f"reward_model.main({[*others, '--output', str(tmp_path / 'two' / name), *halves]})" for name, others in runs.items()]
     driver = tmp_path / "driver.py"
     driver.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport reward_model\n" + "\n".join(lines))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(driver)]
@@ -387,7 +390,8 @@ def test_two_ranks_equal_one(tmp_path):
 
 def test_overfits_one_batch(tmp_path):
     """A method that cannot learn five prompts by heart has a bug."""
-    last = [entry for entry in read_metrics(train(tmp_path / "run", "--max-steps", "25", "--batch-size", "5", "--lr", "0.001")) if "loss" in entry][-1]
+    folder = train(tmp_path / "run", "--max-steps", "25", "--batch-size", "5", "--lr", "0.001")
+    last = [entry for entry in read_metrics(folder) if "loss" in entry][-1]
     assert last["accuracy"] == pytest.approx(1) and last["loss"] < 0.05 and last["margin"] > 3
 
 
@@ -396,7 +400,8 @@ def test_as_a_newcomer_runs_it(tmp_path, capsys):
     output = tmp_path / "runs" / "reward_model"
     run = run_script("reward_model.py", "--output", output, "--max-steps", "4", "--log-every", "2", "--lora-rank", "4")
     assert run.returncode == 0, run.stderr
-    for promised in ("parameters train", "step 0: held-out loss", "accuracy", "--- before ---", "--- after ---", "answer 2:", "reward_offset", str(output)):
+    promises = ("parameters train", "step 0: held-out loss", "accuracy", "--- before ---", "--- after ---", "answer 2:", "reward_offset")
+    for promised in (*promises, str(output)):
         assert promised in run.stdout
     metrics = read_metrics(output)
     logged = next(entry for entry in metrics if "loss" in entry)
