@@ -138,7 +138,7 @@ def test_losses_and_their_gradients_are_the_loops(tokens):
     for count in (None, 20):
         x = new.clone().requires_grad_()
         loss, clip_fraction = ppo.policy_loss(x, old, advantages, mask, 0.2, count)
-        assert (loss.item(), clip_fraction.item()) == pytest.approx(policy_loop(new, count or 9), abs=1e-12) and clip_fraction > 0
+        assert (loss.item(), clip_fraction.item()) == pytest.approx(policy_loop(new, count or 9), abs=1e-7) and clip_fraction > 0
         y = values.clone().requires_grad_()
         assert ppo.value_loss(y, old_values, returns, mask, 0.2, count).item() == pytest.approx(value_loop(values, count or 9), abs=1e-12)
     loss.backward()
@@ -381,7 +381,8 @@ def save_reward_model(folder, lora: bool, template=common.CHATML):
     tokenizer.chat_template = template
     torch.manual_seed(7)
     base.save_pretrained(folder / "base")
-    config = transformers.AutoConfig.from_pretrained(folder / "base", num_labels=1, pad_token_id=258, reward_offset=0.25)
+    config = transformers.AutoConfig.from_pretrained(folder / "base", num_labels=1, pad_token_id=258)
+    config.reward_offset = 0.25
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", config=config)
     if lora:
         targets = ["q_proj", "down_proj"]
@@ -424,7 +425,7 @@ def test_a_reward_model_with_another_template_reads_text(monkeypatch, tmp_path):
     ppo.main(flags(tmp_path, "run", "--reward", tmp_path / "reward", "--max-steps", 1))
     args = parse(monkeypatch, *flags(tmp_path, "x", "--reward", tmp_path / "reward"))
     roles = roles_of(args, args.reward)
-    text = "### Instruction:\nHi\n\n\n### Response:\nHello<|im_end|>\n\n"
+    text = "### Instruction:\nHi\n\n### Response:\nHello<|im_end|>\n\n"
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor([tokenizer(text).input_ids])).logits.item() - 0.25
     assert ppo.model_scores(roles["reward"], tokenizer, args, CONVERSATIONS[:1], ANSWERS[:1])[0] == pytest.approx(expected, abs=1e-5)
@@ -567,23 +568,39 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 def learn(tmp_path, seed, steps, *more):
     rows = [{"prompt": f"Say {c}{d}"} for c in "abcdefgh" for d in range(8)]
-    ppo.main(["--data", write_rows(tmp_path / "say.jsonl", rows), "--output", str(tmp_path / f"learn{seed}"), "--eval-fraction", "0", "--lr", "3e-3",
-              "--kl-coefficient", "0.01", "--response-length", "12", "--batch-size", "32", "--grad-accum", "1", "--minibatches", "2",
+    ppo.main(["--data", write_rows(tmp_path / "say.jsonl", rows), "--output", str(tmp_path / "run"), "--eval-fraction", "0", "--lr", "5e-3",
+              "--kl-coefficient", "0.01", "--response-length", "12", "--batch-size", "16", "--grad-accum", "1", "--minibatches", "2",
               "--unfinished-score", "none", "--max-steps", str(steps), "--save-every", "1000", "--seed", str(seed), *more])  # fmt: skip
-    return [entry for entry in read_metrics(tmp_path / f"learn{seed}") if "score" in entry]
+    return [entry for entry in read_metrics(tmp_path / "run") if "score" in entry]
 
 
 def test_it_learns(tmp_path):
-    """The share of lower-case letters, 8 % of a random model's tokens, in a few rollouts."""
-    entries = learn(tmp_path, 0, 8)
-    assert entries[0]["score"] < 0.2 and entries[-1]["score"] > 0.35
-    assert all(entry["kl_k3"] < 40 for entry in entries)
+    """The share of lower-case letters in an answer, at first what a random model writes."""
+    entries = learn(tmp_path, 0, 7)
+    assert entries[0]["score"] < 0.2 and entries[-1]["score"] > 0.45
+    assert all(entry["kl"] < 30 for entry in entries)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("more", [[], ["--lora-rank", "16", "--lr", "1e-2"]])
-def test_it_learns_almost_all_there_is(seed, more, tmp_path):
-    entries = learn(tmp_path, seed, 40, *more)
-    assert entries[0]["score"] < 0.2 and np.mean([entry["score"] for entry in entries[-3:]]) > 0.8
-    assert all(entry["kl_k3"] < 60 for entry in entries) and entries[-1]["explained_variance"] > 0.2
+def test_it_learns_almost_all_there_is(seed, tmp_path):
+    entries = learn(tmp_path, seed, 25)
+    assert entries[0]["score"] < 0.2 and np.mean([entry["score"] for entry in entries[-3:]]) > 0.85
+    assert all(entry["kl"] < 45 for entry in entries)
+
+
+@pytest.mark.slow
+def test_an_adapter_learns(monkeypatch, tmp_path):
+    """On a base with a head of its own and larger: a random model's frozen head is so small that no hidden state makes a token likely."""
+    tiny = common.tiny_model
+
+    def larger():
+        model = tiny()
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(8 * model.lm_head.weight.detach().flip(0))
+        return model
+
+    monkeypatch.setattr(common, "tiny_model", larger)
+    entries = learn(tmp_path, 0, 25, "--lora-rank", "16")
+    assert entries[0]["score"] < 0.2 and np.mean([entry["score"] for entry in entries[-3:]]) > 0.6
+    assert all(entry["kl"] < 45 for entry in entries)
