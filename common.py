@@ -1750,6 +1750,8 @@ class Run:
             states = [(i, p, saved["optimizer"].get(self.trained[p])) for i, p in enumerate(order)]
             restored["state"] = {i: {key: sharded_like(p, value) for key, value in state.items()} for i, p, state in states if state}
             optimizer.load_state_dict(restored)
+            for values in optimizer.state.values():  # on a CPU they would stay mapped onto a file that the next checkpoint removes
+                values |= {key: x.clone() for key, x in values.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
         torch.set_rng_state(saved["random"])
         if saved["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_random"])
