@@ -1734,7 +1734,7 @@ class Run:
             way_out = f"go on from {before[-1].name}" if before else "begin anew: there is no other (--keep 2 would keep one more)"
             raise UserError(f"--resume: {damage}. Delete {folder} to {way_out}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.keys() != {*self.STATE, "identity"}:
+        if not isinstance(state, dict) or state.keys() != {*self.STATE, "identity"}:
             raise UserError(f"--resume: {folder} was written by another version of common.py")
         for name in self.identity.keys() | state["identity"].keys():
             was, now = state["identity"].get(name), self.identity.get(name)
