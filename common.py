@@ -1736,7 +1736,7 @@ class Run:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict) or state.keys() != {*self.STATE, "identity"}:
             raise UserError(f"--resume: {folder} was written by another version of common.py")
-        for name in self.identity.keys() | state["identity"].keys():
+        for name in self.identity | state["identity"]:
             was, now = state["identity"].get(name), self.identity.get(name)
             if was != now:
                 raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
