@@ -851,8 +851,11 @@ def from_hub(auto_class, args, **options):
     """auto_class.from_pretrained(--model), a folder or a Hub name, with what can go wrong in one line."""
     try:
         return auto_class.from_pretrained(args.model, trust_remote_code=args.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
-        raise UserError(f"--model {args.model}: {(str(error) or repr(error)).strip().splitlines()[0]}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a broken folder fails in a dozen ways
+        first, *more = (str(error) or repr(error)).strip().splitlines()
+        raise UserError(f"--model {args.model}: {first}{more[0] if first.endswith(':') and more else ''}") from error
 
 
 def load_tokenizer(args):
