@@ -903,7 +903,12 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
     else:  # safetensors only: a pickle can run code while it loads
         auto_class = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
         options = {} if head == "lm" else {"num_labels": 1}
-        model = from_hub(auto_class, args, dtype=weight_dtype, use_safetensors=True, **options)
+        model, found = from_hub(auto_class, args, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options)
+        missing = sorted(name for name in found["missing_keys"] if head == "lm" or not name.startswith("score."))
+        if missing:  # transformers would fill them with random numbers
+            raise UserError(f"--model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
+        if found["unexpected_keys"] and head == "lm":
+            say(f"{args.model}: {len(found['unexpected_keys'])} tensors in its files are no part of this model, {min(found['unexpected_keys'])} for one")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
