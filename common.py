@@ -1571,7 +1571,8 @@ class Run:
             remove(self.output / "checkpoint")  # of a finished run: see __init__
         if not entries:
             trainable, parameters = count_parameters(self.model)
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+            command = ["git", "rev-parse", "HEAD"]
+            commit = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
             entries = [{"run": {
                 "script": Path(sys.argv[0]).name, "args": vars(self.args), "git_commit": commit or None, "world_size": world_size(),
                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
