@@ -1548,7 +1548,7 @@ class Run:
             self.identity["adapter"] = file_digest(Path(args.adapter) / "adapter_model.safetensors")
         self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
         self.metrics = self.output / "metrics.jsonl"
-        if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text() if self.metrics.exists() else ""):
+        if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.exists() else ""):
             raise UserError(f"{self.output} holds a run that is not finished: --resume it, delete it, or choose another --output")
         resumed = args.resume and self.load_checkpoint()
         if rank() == 0:
@@ -1564,9 +1564,15 @@ class Run:
         self.output.mkdir(parents=True, exist_ok=True)
         for folder in (self.output, self.output / "checkpoint"):
             shutil.rmtree(folder / ".unfinished", ignore_errors=True)
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if resumed and self.metrics.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        entries = [e for e in entries if "run" in e or "done" not in e and e["step"] <= self.step]
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if resumed and self.metrics.exists() else []
+        entries = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # torn when a disk was full or the power failed
+                continue
+            if "run" in entry or "done" not in entry and entry["step"] <= self.step:
+                entries.append(entry)
         if not resumed and (self.output / "checkpoint").exists():
             remove(self.output / "checkpoint")  # of a finished run: see __init__
         if not entries:
