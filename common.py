@@ -19,6 +19,7 @@ import argparse
 import csv
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -152,6 +153,9 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
 
 def launch(main, out_of_memory: str) -> None:
     """Run main(); turn what a user can mend into one line on stderr. out_of_memory: what this script can try, in order."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
