@@ -1715,7 +1715,10 @@ class Run:
         if self.args.patience and self.best_loss is not None and self.best_loss < self.eval_loss:
             if world_size() > 1:
                 dist.barrier()
-            self.load_weights(self.output / "checkpoint" / "best.safetensors")
+            folder = self.output / "checkpoint"
+            if json.loads((folder / "best.json").read_text())["best.safetensors"] != file_digest(folder / "best.safetensors"):
+                raise UserError(f"{folder / 'best.safetensors'} is damaged: its checksum does not match; --patience 0 keeps the last weights")
+            self.load_weights(folder / "best.safetensors")
             say(f"taking back the weights with the least held-out loss, {self.best_loss:.4f}")
             self.eval_loss = self.best_loss
 
@@ -1725,7 +1728,12 @@ class Run:
         if rank() == 0:
             folder = self.output / "checkpoint"
             folder.mkdir(parents=True, exist_ok=True)
-            save_into(folder, lambda path: safetensors.torch.save_file(weights, path / "best.safetensors"))
+
+            def write(path: Path) -> None:
+                safetensors.torch.save_file(weights, path / "best.safetensors")
+                (path / "best.json").write_text(json.dumps({"best.safetensors": file_digest(path / "best.safetensors")}))
+
+            save_into(folder, write)
 
     def load_weights(self, path: Path) -> None:
         with torch.no_grad(), safetensors.safe_open(path, "pt") as weights:
