@@ -19,6 +19,7 @@ import argparse
 import csv
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -152,6 +153,9 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
 
 def launch(main, out_of_memory: str) -> None:
     """Run main(); turn what a user can mend into one line on stderr. out_of_memory: what this script can try, in order."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -851,8 +855,11 @@ def from_hub(auto_class, args, **options):
     """auto_class.from_pretrained(--model), a folder or a Hub name, with what can go wrong in one line."""
     try:
         return auto_class.from_pretrained(args.model, trust_remote_code=args.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
-        raise UserError(f"--model {args.model}: {(str(error) or repr(error)).strip().splitlines()[0]}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a broken folder fails in a dozen ways
+        first, *more = (str(error) or repr(error)).strip().splitlines()
+        raise UserError(f"--model {args.model}: {first}{more[0] if first.endswith(':') and more else ''}") from error
 
 
 def load_tokenizer(args):
@@ -900,7 +907,12 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
     else:  # safetensors only: a pickle can run code while it loads
         auto_class = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
         options = {} if head == "lm" else {"num_labels": 1}
-        model = from_hub(auto_class, args, dtype=weight_dtype, use_safetensors=True, **options)
+        model, found = from_hub(auto_class, args, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options)
+        missing = sorted(name for name in found["missing_keys"] if head == "lm" or not name.startswith("score."))
+        if missing:  # transformers would fill them with random numbers
+            raise UserError(f"--model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
+        if found["unexpected_keys"] and head == "lm":
+            say(f"{args.model}: {len(found['unexpected_keys'])} tensors in its files are no part of this model, {min(found['unexpected_keys'])} for one")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
@@ -1540,7 +1552,7 @@ class Run:
             self.identity["adapter"] = file_digest(Path(args.adapter) / "adapter_model.safetensors")
         self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
         self.metrics = self.output / "metrics.jsonl"
-        if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text() if self.metrics.exists() else ""):
+        if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.exists() else ""):
             raise UserError(f"{self.output} holds a run that is not finished: --resume it, delete it, or choose another --output")
         resumed = args.resume and self.load_checkpoint()
         if rank() == 0:
@@ -1556,14 +1568,21 @@ class Run:
         self.output.mkdir(parents=True, exist_ok=True)
         for folder in (self.output, self.output / "checkpoint"):
             shutil.rmtree(folder / ".unfinished", ignore_errors=True)
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if resumed and self.metrics.exists() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        entries = [e for e in entries if "run" in e or "done" not in e and e["step"] <= self.step]
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if resumed and self.metrics.exists() else []
+        entries = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # torn when a disk was full or the power failed
+                continue
+            if "run" in entry or "done" not in entry and entry["step"] <= self.step:
+                entries.append(entry)
         if not resumed and (self.output / "checkpoint").exists():
             remove(self.output / "checkpoint")  # of a finished run: see __init__
         if not entries:
             trainable, parameters = count_parameters(self.model)
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+            command = ["git", "rev-parse", "HEAD"]
+            commit = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
             entries = [{"run": {
                 "script": Path(sys.argv[0]).name, "args": vars(self.args), "git_commit": commit or None, "world_size": world_size(),
                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
@@ -1696,7 +1715,10 @@ class Run:
         if self.args.patience and self.best_loss is not None and self.best_loss < self.eval_loss:
             if world_size() > 1:
                 dist.barrier()
-            self.load_weights(self.output / "checkpoint" / "best.safetensors")
+            folder = self.output / "checkpoint"
+            if json.loads((folder / "best.json").read_text())["best.safetensors"] != file_digest(folder / "best.safetensors"):
+                raise UserError(f"{folder / 'best.safetensors'} is damaged: its checksum does not match; --patience 0 keeps the last weights")
+            self.load_weights(folder / "best.safetensors")
             say(f"taking back the weights with the least held-out loss, {self.best_loss:.4f}")
             self.eval_loss = self.best_loss
 
@@ -1706,7 +1728,12 @@ class Run:
         if rank() == 0:
             folder = self.output / "checkpoint"
             folder.mkdir(parents=True, exist_ok=True)
-            save_into(folder, lambda path: safetensors.torch.save_file(weights, path / "best.safetensors"))
+
+            def write(path: Path) -> None:
+                safetensors.torch.save_file(weights, path / "best.safetensors")
+                (path / "best.json").write_text(json.dumps({"best.safetensors": file_digest(path / "best.safetensors")}))
+
+            save_into(folder, write)
 
     def load_weights(self, path: Path) -> None:
         with torch.no_grad(), safetensors.safe_open(path, "pt") as weights:
@@ -1734,9 +1761,9 @@ class Run:
             way_out = f"go on from {before[-1].name}" if before else "begin anew: there is no other (--keep 2 would keep one more)"
             raise UserError(f"--resume: {damage}. Delete {folder} to {way_out}")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state.keys() != {*self.STATE, "identity"}:
+        if not isinstance(state, dict) or state.keys() != {*self.STATE, "identity"}:
             raise UserError(f"--resume: {folder} was written by another version of common.py")
-        for name in self.identity.keys() | state["identity"].keys():
+        for name in self.identity | state["identity"]:
             was, now = state["identity"].get(name), self.identity.get(name)
             if was != now:
                 raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
@@ -1750,6 +1777,8 @@ class Run:
             states = [(i, p, saved["optimizer"].get(self.trained[p])) for i, p in enumerate(order)]
             restored["state"] = {i: {key: sharded_like(p, value) for key, value in state.items()} for i, p, state in states if state}
             optimizer.load_state_dict(restored)
+            for values in optimizer.state.values():  # on a CPU they would stay mapped onto a file that the next checkpoint removes
+                values |= {key: x.clone() for key, x in values.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
         torch.set_rng_state(saved["random"])
         if saved["cuda_random"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_random"])

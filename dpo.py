@@ -42,7 +42,7 @@ import argparse
 import hashlib
 import json
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -230,6 +230,10 @@ def lora_reference(args, model):
     return reference
 
 
+def checksum(logps: torch.Tensor) -> dict[str, str]:
+    return {"sha256": hashlib.sha256(logps.numpy().tobytes()).hexdigest()}
+
+
 def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     """-> reference(batch): answers' log-probabilities (D,) under a model that is not kept, from --output/reference.safetensors.
     The file is written first unless it is there, of the same model and data. The first epoch's batches are those of training:
@@ -239,8 +243,9 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     about = [model.base_fingerprint, str(dtype), args.packing, corpus.digests, hashlib.sha256(str(rows).encode()).hexdigest()]
     about, logps = {"about": json.dumps(about)}, None
     if path.exists():
-        with safetensors.safe_open(path, "pt") as file:
-            logps = file.get_tensor("logps").to(device) if file.metadata() == about else None
+        with suppress(safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:  # a damaged file is written anew
+            kept = file.get_tensor("logps")
+            logps = kept.to(device) if file.metadata() == about | checksum(kept) else None
     if logps is None:
         logps = torch.zeros(len(corpus.table), device=device)  # of each document of the table, in nats
         with common.evaluating(model):
@@ -249,8 +254,9 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
         if common.world_size() > 1:
             dist.all_reduce(logps)  # each rank has its own batches
         if common.rank() == 0:
+            kept = logps.cpu()
             path.parent.mkdir(parents=True, exist_ok=True)
-            common.save_into(path.parent, lambda folder: safetensors.torch.save_file({"logps": logps.cpu()}, folder / path.name, about))
+            common.save_into(path.parent, lambda folder: safetensors.torch.save_file({"logps": kept}, folder / path.name, about | checksum(kept)))
     return lambda batch: logps[batch["document"]]
 
 
