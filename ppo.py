@@ -59,7 +59,7 @@ Metrics, means over the rollouts since the last logged step
   rollout_tokens_per_second                  tokens sampled; their scores and log-probabilities are in the time
   update_tokens_per_second                   prompt and answer tokens that went through the updates
 
-    python ppo.py --lr 1e-3 --kl-coefficient 0.01 --max-steps 40       # a tiny random model learns to write lower-case letters
+    python ppo.py                                                      # a random model learns to write lower-case letters
     python ppo.py --model SFT --data prompts.jsonl --reward runs/reward --lora-rank 16
     python ppo.py --model SFT --data gsm8k.jsonl --reward examples/rewards.py:exact_match --response-length 256
     torchrun --nproc-per-node 8 ppo.py --model SFT --data prompts.jsonl --reward runs/reward --lora-rank 16
@@ -309,7 +309,8 @@ def load_roles(args, folder: str | None, same_tokens: bool, dtype: torch.dtype, 
         if adapter_config(folder).get("base_fingerprint") == model.base_fingerprint:
             config, weight = load_adapter(model, "reward", folder)
             load_adapter(model, "critic", folder)  # [8]
-            roles["reward"] = Role(model, dtype, "reward", nn.Linear(*reversed(weight.shape), bias=False, device=device), config.get("reward_offset", 0.0))
+            frozen_head = nn.Linear(*reversed(weight.shape), bias=False, device=device)
+            roles["reward"] = Role(model, dtype, "reward", frozen_head, config.get("reward_offset", 0.0))
             for role in (roles["reward"], roles["critic"]):
                 role.head.weight.data.copy_(weight)
                 role.offset = roles["reward"].offset
@@ -675,12 +676,14 @@ def train(args) -> None:
             beta = run.own["kl_coefficient"] = adapted_kl_coefficient(beta, figures["kl"], args.kl_target, rollout.rows, args.kl_horizon)
         rollout = rollout_of(step + 1)  # before end_step, which may save: what the policy has become shows in its samples
         check_health(rollout, run, args)
-        sums = {"loss": policy_sum + args.value_coefficient * value_sum, "policy_loss": policy_sum, "value_loss": value_sum, "clip_fraction": clipped_sum}
+        sums = {"loss": policy_sum + args.value_coefficient * value_sum}
+        sums |= {"policy_loss": policy_sum, "value_loss": value_sum, "clip_fraction": clipped_sum}
         sums |= {name: torch.tensor(value / common.world_size(), device=device) for name, value in figures.items()}
         epoch, first = plan[step]
         epoch += min(1.0, (first + corpus.rows_per_step) / len(corpus.rows(epoch)))
         run.end_step(epoch, sums, tokens, 1, rates[0], norms[0])
 
+    run.show_samples()
     if lora:
         save_policy(args, policy.model, tokenizer)
     else:
@@ -721,16 +724,23 @@ def save_policy(args, model, tokenizer) -> None:
 
 
 def main(argv=None) -> None:
-    without = ("--packing", "--patience", "--weight-decay", "--max-length")
-    parser = common.make_parser(__doc__, without, output="runs/ppo", data=[common.example("preferences.jsonl")], lr=None, packing=False, patience=0,
-                                rslora=False, schedule="linear", warmup_ratio=0.0, grad_accum=4, log_every=1, eval_every=10, save_every=10, samples=4)  # fmt: skip
+    without = ("--packing", "--patience", "--weight-decay", "--max-length", "--exact-match")
+    prompts = [common.example("preferences.jsonl")]
+    demo = {  # a random model learns to write lower-case letters
+        "model": "random", "data": prompts, "max_length": 512, "eval_fraction": 0.05, "samples": 4, "exact_match": 0, "eval_every": 10, "lr": 5e-3,
+        "kl_coefficient": 0.01, "response_length": 12, "unfinished_score": None, "batch_size": 16, "grad_accum": 1, "minibatches": 2, "max_steps": 25,
+    }  # fmt: skip
+    parser = common.make_parser(__doc__, without, demo, output="runs/ppo", data=prompts, lr=None, packing=False, patience=0, exact_match=0,
+                                schedule="linear", warmup_ratio=0.0, grad_accum=4, log_every=1, eval_every=10, save_every=10, samples=4)  # fmt: skip
+    parser.set_defaults(rslora=False)
     number, add = common.number, parser.add_argument_group("PPO").add_argument
     add("--reward", metavar="FOLDER|FILE.py:FUNCTION", default=common.example("rewards.py") + ":lowercase",
         help="what reward_model.py wrote, or a function of prompts, answers and references (its file is run)")  # fmt: skip
     add("--max-length", type=number(int, 2), default=512, help="tokens of a prompt and its answer; prompts that leave no room are dropped")
     add("--response-length", type=number(int, 1), default=64, help="the most tokens of an answer")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="of sampling, and so of the log-probabilities everywhere")
-    add("--unfinished-score", type=lambda text: None if text == "none" else float(text), default=-1.0, help="score of an answer cut off; none: as it is")
+    add("--unfinished-score", type=lambda text: None if text == "none" else float(text), default=-1.0, metavar="SCORE",
+        help="of an answer that --response-length cut off; none: what the reward says")  # fmt: skip
     add("--rollout-batch-size", type=number(int, 1), default=32, help="answers sampled at once on one device")
     add("--minibatches", type=number(int, 1), default=4, help="a rollout is this many times --batch-size * --grad-accum prompts (on each rank)")
     add("--ppo-epochs", type=number(int, 1), default=4, help="passes over each rollout")
@@ -744,7 +754,7 @@ def main(argv=None) -> None:
     add("--critic-lr", type=number(float, 0), help="default: --lr")
     add("--max-kl", type=number(float, 0), default=5.0, help="stop when the policy is this far from the reference, in nats a token")
     add("--min-entropy", type=number(float, 0), default=1e-3, help="stop when the policy's entropy falls below, in nats a token")
-    add("--lora-rank", dest="rank", type=number(int, 0), default=0, metavar="R", help="all models on one base, with adapters of this rank; 0: a model each")
+    add("--lora-rank", dest="rank", type=number(int, 0), default=0, metavar="R", help="adapters of this rank, one base for all; 0: a model each")
     add("--lora-alpha", dest="alpha", type=number(float, 0), default=32, help="an update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="LoRA that the policy starts from, and that the reference is; its rank, alpha and targets hold")
