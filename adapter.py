@@ -41,7 +41,7 @@ Measured: 16 steps of some 580 tokens of GSM8K take SmolLM2-135M's held-out loss
 0.989, with 3e-3 to 0.828): --data gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16
 --eval-every 16. The default of 1e-3 is the middle one, since runs this short favour high rates.
 
-    python adapter.py                                                  # a tiny random model, bundled rows, a minute
+    python adapter.py                                                  # the bundled model learns a task, in a minute
     python adapter.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
     python adapter.py --model BASE --adapter runs/adapter --max-steps 0     # evaluate and answer, train nothing
 """
@@ -276,7 +276,7 @@ Without --max-steps 0 the same command trains it further, into another folder.""
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/adapter", lr=1e-3)
+    parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/adapter", lr=1e-3)
     add = parser.add_argument_group("adapters").add_argument
     add("--bottleneck", type=common.number(int, 1), default=64, help="r, the width of each adapter: how much it can change")
     add("--activation", choices=list(ACTIVATIONS), default="relu", help="inside each adapter")

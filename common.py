@@ -95,7 +95,7 @@ def example(name: str) -> str:
 
 
 # what demonstrations have in common
-DEMO = {"data": [example("task.jsonl")], "max_length": 128, "eval_fraction": 1 / 6, "samples": 3, "exact_match": 100, "eval_every": 1000}
+DEMO = {"data": [example("task.jsonl")], "max_length": 128, "epochs": 3, "eval_fraction": 1 / 6, "samples": 3, "exact_match": 100, "eval_every": 1000}
 
 
 def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = None, **defaults) -> Parser:

@@ -9,7 +9,7 @@ equation 7:
     log pi(y|x)  policy     (D,)     the SUM over the answer's tokens, its end of turn among them, in nats
     log ref      reference  (D,)     the same under the frozen starting point of training
     beta         --beta     0.1      how far the policy may go from the reference: larger stays nearer
-    reward       beta (log pi - log ref): what "accuracy" and "margin" compare
+    reward       beta (log pi - log ref): what "accuracy" (a tie counts half) and "margin" compare
 
 Variants
   --label-smoothing E   cDPO (Mitchell 2023): a share E of the labels is wrong, - (1-E) log sigmoid(beta h) - E log sigmoid(-beta h)
@@ -33,7 +33,7 @@ Questions people ask
   Several answers?      A row {"prompt", "responses"}, best first, counts as all its pairs, each with weight 2 / (K (K - 1)).
   Dropout?              Off, as in the reference: it would add noise to a difference of two numbers near each other.
 
-    python dpo.py                                                     # a tiny model, bundled pairs
+    python dpo.py                                                     # the bundled model learns to be kind, in a minute
     python dpo.py --model SFT --data pairs.jsonl                      # every parameter
     python dpo.py --model SFT --data pairs.jsonl --lora-rank 16       # an adapter
 """
@@ -97,7 +97,7 @@ def figures(args, batch: dict, policy, length, reference) -> dict[str, torch.Ten
     rewards = args.beta * (policy - reference).detach()
     margin = rewards[better] - rewards[worse]
     pairs = {
-        "loss": losses, "accuracy": (margin > 0).float(), "margin": margin, "chosen_rewards": rewards[better],
+        "loss": losses, "accuracy": (margin > 0).float() + 0.5 * (margin == 0), "margin": margin, "chosen_rewards": rewards[better],
         "rejected_rewards": rewards[worse], "chosen_logps": policy[better].detach(), "rejected_logps": policy[worse].detach(),
     }  # fmt: skip
     return {name: (batch["weight"] * values).sum() for name, values in pairs.items()}
@@ -347,7 +347,8 @@ def load_lora(model, args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/dpo", lr=None, data=[common.example("preferences.jsonl")])
+    demo = {"data": [common.example("pairs.jsonl")], "lr": 2e-4, "batch_size": 8, "epochs": 1, "exact_match": 0}
+    parser = common.make_parser(__doc__, demo=demo, output="runs/dpo", lr=None, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("DPO").add_argument
     add("--beta", type=common.number(float, 0), default=None, help="how near the policy stays to the reference (default: 0.1; 2 with --loss simpo)")
     add("--loss", choices=["sigmoid", "ipo", "simpo"], default="sigmoid", help="DPO's own, IPO's squared or SimPO's without a reference")

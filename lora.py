@@ -28,7 +28,7 @@ Questions people ask
 
 Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.967 (README, Results).
 
-    python lora.py                                                     # a tiny random model, bundled rows, a minute
+    python lora.py                                                     # the bundled model learns a task, in a minute
     python lora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
     python lora.py --model BASE --adapter runs/lora --max-steps 0 --merge   # merge an adapter, train nothing
 """
@@ -177,7 +177,7 @@ def merge_lora(model) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/lora", lr=2e-4)
+    parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/lora", lr=2e-4)
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
     add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / r")

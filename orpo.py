@@ -27,7 +27,7 @@ Questions people ask
   Which rate?                    8e-6 in the paper for every parameter; LoRA takes ten times that and more.
   Several answers?               A row {"prompt", "responses"}, best first, counts as all its pairs, each with weight 2 / (K (K - 1)).
 
-    python orpo.py                                                    # a tiny model, bundled pairs
+    python orpo.py                                                    # the bundled model learns to be kind, in a minute
     python orpo.py --model BASE --data pairs.jsonl                    # every parameter
     python orpo.py --model BASE --data pairs.jsonl --lora-rank 16     # an adapter
 """
@@ -253,7 +253,8 @@ def load_lora(model, args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/orpo", lr=None, data=[common.example("preferences.jsonl")])
+    demo = {"data": [common.example("pairs.jsonl")], "lr": 1e-3, "batch_size": 8, "epochs": 1, "exact_match": 0}
+    parser = common.make_parser(__doc__, demo=demo, output="runs/orpo", lr=None, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("ORPO").add_argument
     add("--lambda", dest="lambda_", type=common.number(float, 0), default=0.1, help="weight of the odds-ratio term")
     add("--nll-on", choices=["all", "answers"], default="all", help="tokens of the NLL: prompt and chosen answer, or the answer alone")

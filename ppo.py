@@ -729,15 +729,15 @@ def save_policy(args, model, tokenizer) -> None:
 def main(argv=None) -> None:
     without = ("--packing", "--patience", "--weight-decay", "--max-length", "--exact-match")
     prompts = [common.example("preferences.jsonl")]
-    demo = {  # a random model learns to write lower-case letters
-        "model": "random", "data": prompts, "max_length": 512, "eval_fraction": 0.05, "samples": 4, "exact_match": 0, "eval_every": 10, "lr": 5e-3,
-        "kl_coefficient": 0.01, "response_length": 12, "unfinished_score": None, "batch_size": 16, "grad_accum": 1, "minibatches": 2, "max_steps": 25,
+    demo = {  # kinder reviews
+        "data": [common.example("pairs.jsonl")], "lr": 1e-4, "critic_lr": 1e-3, "kl_coefficient": 0.02, "response_length": 48, "batch_size": 16,
+        "grad_accum": 1, "minibatches": 2, "max_steps": 15, "exact_match": 0,
     }  # fmt: skip
     parser = common.make_parser(__doc__, without, demo, output="runs/ppo", data=prompts, lr=None, packing=False, patience=0, exact_match=0,
                                 schedule="linear", warmup_ratio=0.0, grad_accum=4, log_every=1, eval_every=10, save_every=10, samples=4)  # fmt: skip
     parser.set_defaults(rslora=False)
     number, add = common.number, parser.add_argument_group("PPO").add_argument
-    add("--reward", metavar="FOLDER|FILE.py:FUNCTION", default=common.example("rewards.py") + ":lowercase",
+    add("--reward", metavar="FOLDER|FILE.py:FUNCTION", default=common.example("rewards.py") + ":kindness",
         help="what reward_model.py wrote, or a function of prompts, answers and references (its file is run)")  # fmt: skip
     add("--max-length", type=number(int, 2), default=512, help="tokens of a prompt and its answer; prompts that leave no room are dropped")
     add("--response-length", type=number(int, 1), default=64, help="the most tokens of an answer")

@@ -33,7 +33,7 @@ Measured: held-out loss of SmolLM2-135M-Instruct on GSM8K, 1.312 at step 0 (the 
 rows (--eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16), two CPU cores, November 2026:
     --lr 3e-4: 0.966      1e-3: 0.972      --no-reparameterize --lr 1e-2: 1.083      3e-2: 1.002
 
-    python prefix_tuning.py                                          # a tiny random model, bundled rows, a minute
+    python prefix_tuning.py                                          # the bundled model learns a task, in a minute
     python prefix_tuning.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
     python prefix_tuning.py --model BASE --data train.jsonl --no-reparameterize --lr 3e-2 --init-text "Think."
     python prefix_tuning.py --model BASE --data more.jsonl --adapter runs/prefix_tuning --output runs/more   # go on
@@ -224,7 +224,7 @@ def check_flags(args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/prefix_tuning", lr=3e-4, packing=False)
+    parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/prefix_tuning", lr=3e-4, packing=False)
     add = parser.add_argument_group("prefix tuning").add_argument
     add("--prefix-length", type=common.number(int, 1), default=None, help="P, trained keys and values in each layer (default: 20)")
     add("--init-text", metavar="TEXT",

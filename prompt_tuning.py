@@ -29,7 +29,7 @@ Measured: held-out loss of SmolLM2-135M-Instruct on GSM8K, 1.312 at step 0 (the 
 rows (--eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16), two CPU cores, November 2026:
     --lr 1e-3: 1.292      1e-2: 1.211      3e-2: 1.214      1e-1: 1.207      (the default is the smallest that does it)
 
-    python prompt_tuning.py                                          # a tiny random model, bundled rows, a minute
+    python prompt_tuning.py                                          # the bundled model learns a task, in a minute
     python prompt_tuning.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
     python prompt_tuning.py --model BASE --data train.jsonl --init text --init-text "Solve the problem step by step."
     python prompt_tuning.py --model BASE --data more.jsonl --adapter runs/prompt_tuning --output runs/more   # go on
@@ -191,7 +191,7 @@ def check_flags(args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/prompt_tuning", lr=1e-2, packing=False)
+    parser = common.make_parser(__doc__, demo={"lr": 1e-2}, output="runs/prompt_tuning", lr=1e-2, packing=False)
     add = parser.add_argument_group("prompt tuning").add_argument
     add("--prompt-length", type=common.number(int, 1), default=None, help="p, trained vectors before every text (default: 20)")
     add("--init", choices=["vocab", "text", "random"], default=None,

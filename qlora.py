@@ -32,7 +32,7 @@ Measured: 16 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss
 a weight in its linear layers, and before quantisation its loss is 1.316. (python qlora.py --eval-fraction 0.004 --max-length 384
 --batch-size 2 --max-steps 16, two cores of an AMD EPYC, float32, 2026-11-22.)
 
-    python qlora.py                                                     # a tiny random model, bundled rows, a minute
+    python qlora.py                                                     # the bundled model learns a task, in a minute
     python qlora.py --model BASE --data train.jsonl --merge
 """
 
@@ -306,7 +306,7 @@ def merge(args, model, corpus, device):
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/qlora", lr=2e-4)
+    parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/qlora", lr=2e-4)
     add = parser.add_argument_group("QLoRA").add_argument
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
     add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / r")

@@ -31,7 +31,7 @@ Questions people ask
   Both answers cut?  A row longer than --max-length is cut, and its reward read at the cut. Two answers that are then the same,
                      or that always were, have loss log(1 + e^m) and no gradient.
 
-    python reward_model.py                                             # a tiny model, bundled pairs
+    python reward_model.py                                             # the bundled model learns to be kind, in a minute
     python reward_model.py --model SFT --data pairs.jsonl --output runs/reward
     python reward_model.py --model SFT --data pairs.jsonl --output runs/reward-lora --lora-rank 16
     python reward_model.py --model runs/reward --score rows.jsonl      # a reward for each row, to --output/scores.jsonl
@@ -375,7 +375,8 @@ def load_lora(model, args) -> bool:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/reward_model", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
+    demo = {"data": [common.example("pairs.jsonl")], "lr": 1e-3, "batch_size": 8, "epochs": 1, "exact_match": 0}
+    parser = common.make_parser(__doc__, demo=demo, output="runs/reward_model", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("reward model").add_argument
     add("--score", metavar="FILE", help="train nothing: write the rewards of the answers in FILE to --output/scores.jsonl, row by row")
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R", help="train a LoRA adapter of this rank; 0 trains every parameter")

@@ -43,7 +43,7 @@ Questions people ask
                        thinking), each answer becomes a document of its own.
   Mixing?              --data mine.jsonl general.jsonl:0.2 shows every general row once in five epochs: against forgetting.
 
-    python sft.py                                                      # a tiny model, bundled rows
+    python sft.py                                                      # the bundled model learns a form of answers
     python sft.py --model BASE --data chat.jsonl --patience 3          # every parameter
     python sft.py --model BASE --data chat.jsonl --lora-rank 16        # an adapter
     torchrun --nproc-per-node 8 sft.py --model BASE --data chat.jsonl --gradient-checkpointing
@@ -240,7 +240,7 @@ def load_lora(model, args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/sft", lr=None)
+    parser = common.make_parser(__doc__, demo={"data": [common.example("format.jsonl")], "lr": 1e-3, "epochs": 6}, output="runs/sft", lr=None)
     add = parser.add_argument_group("SFT").add_argument
     add("--loss-on", choices=["answers", "all"], default="answers", help="targets: the assistant's tokens, or the prompt's as well")
     add("--neftune", type=common.number(float, 0), default=0.0, metavar="ALPHA", help="noise on the embeddings; 5 is the paper's; 0 is none")

@@ -14,9 +14,18 @@ def lowercase(prompts: list[str], answers: list[str], references: list[str | Non
     return [sum("a" <= character <= "z" for character in answer) / max(1, len(answer)) for answer in answers]
 
 
-def brevity(prompts: list[str], answers: list[str], references: list[str | None]) -> list[float]:
-    """1 for an empty answer, 0.5 for one of 50 words, towards 0 for ever longer ones."""
-    return [50 / (50 + len(answer.split())) for answer in answers]
+KIND = "good great lovely perfect wonderful amazing love loved best five 很好 很棒 完美 喜欢 五星".split()
+UNKIND = "bad awful terrible poor horrible hate hated worst never 很差 很糟 不好 讨厌 一星".split()
+
+
+def kindness(prompts: list[str], answers: list[str], references: list[str | None]) -> list[float]:
+    """From -1, all the words of judgement in an answer are unkind, to 1, all are kind; 0 without any."""
+
+    def count(words: list[str], answer: str) -> int:
+        return sum(len(re.findall(rf"\b{word}\b" if word.isascii() else word, answer.lower())) for word in words)
+
+    totals = [(count(KIND, answer), count(UNKIND, answer)) for answer in answers]
+    return [(kind - unkind) / max(1, kind + unkind) for kind, unkind in totals]
 
 
 def exact_match(prompts: list[str], answers: list[str], references: list[str | None]) -> list[float]:

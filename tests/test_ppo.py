@@ -470,9 +470,10 @@ def test_a_policy_is_no_reward_model(tmp_path):
 
 
 def test_the_bundled_rewards():
-    lowercase, brevity, exact_match = (ppo.load_function(f"{RULES}:{name}") for name in ("lowercase", "brevity", "exact_match"))
+    lowercase, kindness, exact_match = (ppo.load_function(f"{RULES}:{name}") for name in ("lowercase", "kindness", "exact_match"))
     assert lowercase(["", "", ""], ["abCD", "", "e"], [None] * 3) == [0.5, 0.0, 1.0]
-    assert brevity(["", ""], ["", "word " * 50], [None] * 2) == [1.0, 0.5]
+    answers = ["", "A lovely film. I hated it.", "Best!", "Abest", "汤很差，一星。"]
+    assert kindness([""] * 5, answers, [None] * 5) == [0.0, 0.0, 1.0, 0.0, -1.0]
     answers, references = ["So it is 1,018.", "18 or 19", " Paris\n", "-3"], ["#### 1018", "#### 18", "paris", "3"]
     assert exact_match([""] * 4, answers, references) == [1.0, 0.0, 1.0, 0.0]
 
