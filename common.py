@@ -912,7 +912,8 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
         if missing:  # transformers would fill them with random numbers
             raise UserError(f"--model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
         if found["unexpected_keys"] and head == "lm":
-            say(f"{args.model}: {len(found['unexpected_keys'])} tensors in its files are no part of this model, {min(found['unexpected_keys'])} for one")
+            odd = found["unexpected_keys"]
+            say(f"{args.model}: {len(odd)} tensors in its files are no part of this model, {min(odd)} for one")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
@@ -1524,8 +1525,8 @@ class Run:
 
     # Flags that may differ on --resume. The base model, the data, the adapter and the rows of a step are compared by content.
     MAY_DIFFER = {
-        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep", "batch_size",
-        "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard", "trust_remote_code",
+        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep",
+        "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard", "trust_remote_code",
     }  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
@@ -1552,7 +1553,8 @@ class Run:
             self.identity["adapter"] = file_digest(Path(args.adapter) / "adapter_model.safetensors")
         self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
         self.metrics = self.output / "metrics.jsonl"
-        if self.checkpoints() and not args.resume and '{"done": true' not in (self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.exists() else ""):
+        before = self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.exists() else ""
+        if self.checkpoints() and not args.resume and '{"done": true' not in before:
             raise UserError(f"{self.output} holds a run that is not finished: --resume it, delete it, or choose another --output")
         resumed = args.resume and self.load_checkpoint()
         if rank() == 0:

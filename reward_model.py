@@ -333,11 +333,12 @@ def say_how_to_use(args, lora: bool) -> None:
     if args.template != "none":
         turns = "[dict(role='user', content='Hello'), dict(role='assistant', content='Hi.')]"
         text = f"k.apply_chat_template({turns}, return_dict=True, return_tensors='pt')"
+    inputs = f"k = t.AutoTokenizer.from_pretrained('{args.output}'); m = {load}; print(m(**{text}).logits)"
     common.say(f"""
 The reward model lies in {args.output}. Score prompts and answers with it:
   python reward_model.py {again} --score rows.jsonl --output {args.output}-scores
 or through {"PEFT" if lora else "transformers"}, whose rewards are without the offset:
-  python -c "import {"peft, " * lora}transformers as t; k = t.AutoTokenizer.from_pretrained('{args.output}'); m = {load}; print(m(**{text}).logits)\"""")
+  python -c "import {"peft, " * lora}transformers as t; {inputs}\"""")
 
 
 # LoRA's files as in lora.py, with the head beside the adapter, which PEFT saves and loads for task type SEQ_CLS.
@@ -379,7 +380,8 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, demo=demo, output="runs/reward_model", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("reward model").add_argument
     add("--score", metavar="FILE", help="train nothing: write the rewards of the answers in FILE to --output/scores.jsonl, row by row")
-    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R", help="train a LoRA adapter of this rank; 0 trains every parameter")
+    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
+        help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")

@@ -124,7 +124,8 @@ def random_weights(folder: str, dtype) -> None:
             torch.manual_seed(0)
             with torch.device(device):
                 make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
-                return make(config, dtype=options.get("dtype") or options.get("torch_dtype") or dtype).eval()
+                model = make(config, dtype=options.get("dtype") or options.get("torch_dtype") or dtype).eval()
+            return (model, {"missing_keys": [], "unexpected_keys": []}) if options.get("output_loading_info") else model
 
         auto_class.from_pretrained = classmethod(from_pretrained)
 
