@@ -11,11 +11,11 @@ import datetime
 import json
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -31,13 +31,14 @@ BUDGET = "--eval-fraction 0.002 --max-length 384 --no-packing --batch-size 3 --l
 
 
 def run(command: str, output: Path) -> tuple[list[dict], float]:
-    """A script's run. -> the lines of its metrics.jsonl, and its seconds from start to end"""
+    """A script's run. -> the lines of its metrics.jsonl, and the seconds of processor time that it took"""
     shutil.rmtree(output, ignore_errors=True)
     script, *flags = command.split()
-    started = time.time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, str(ROOT / script), *flags, "--output", str(output)], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines], time.time() - started
+    return [json.loads(line) for line in lines], after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def size(folder: Path) -> str:
@@ -51,8 +52,9 @@ def where_and_when() -> str:
 
 
 def demo(args) -> str:
-    """What each script does without flags, from the base's start to the end, over seeds."""
-    lines = ["| command | trained parameters | what is held out | before | after, each seed | seconds |", "|---|---|---|---|---|---|"]
+    """What each script does without flags, from the base's start to the end, over seeds; and a picture of the methods' first seed."""
+    lines = ["| command | trained parameters | measured on held-out rows | before | after, each seed | CPU seconds |", "|---|---|---|---|---|---|"]
+    curves, memory = {}, {}
     for script in args.methods or METHODS + STAGES:
         before, after, seconds = [], [], []
         for seed in range(args.seeds):
@@ -60,36 +62,38 @@ def demo(args) -> str:
             name = next(name for name in SHOWN if any(name in entry for entry in entries))
             values = [entry[name] for entry in entries if name in entry]
             before, after, seconds = [*before, values[0]], [*after, values[-1]], [*seconds, took]
+            if seed == 0 and script in METHODS:
+                logged = [entry for entry in entries if "loss" in entry]
+                curves[script], memory[script] = [(e["epoch"], e["loss"]) for e in logged], max(e["peak_memory_gib"] for e in logged)
         trained = entries[0]["run"]["trainable_parameters"]
         shown = ", ".join(f"{value:.2f}" for value in after)
         lines.append(f"| `python {script}` | {trained:,} | {SHOWN[name]} | {statistics.mean(before):.2f} | {shown} | {statistics.mean(seconds):.0f} |")
         print(lines[-1], flush=True)
+    if args.write and curves:
+        (ROOT / "examples" / "methods.svg").write_text(picture(curves, memory), encoding="utf-8")
     return f"`python tests/compare_methods.py demo --seeds {args.seeds}`, {where_and_when()}.\n\n" + "\n".join(lines)
 
 
 def real(args) -> str:
-    """Every method with its own defaults on one model, data and number of steps, and a picture of the runs."""
+    """Every method with its own defaults on one model, data and number of steps."""
     names = f"--model {Path(args.model).name} --data {Path(args.data).name}"
     lines = ["| command | trained parameters | checkpoint | peak memory | tokens/s | held-out loss before | after |", "|---|---|---|---|---|---|---|"]
-    curves, memory = {}, {}
     for method in args.methods or METHODS:
         output = args.output / re.sub(r"\W+", "-", method)
         entries, _ = run(f"{method} --model {args.model} --data {args.data} {BUDGET} --max-steps {args.steps}", output)
         losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry and "done" not in entry]
         logged = [entry for entry in entries if "loss" in entry]
         speed = statistics.median(entry["tokens_per_second"] for entry in logged[1:])
-        curves[method], memory[method] = [(entry["step"], entry["loss"]) for entry in logged], max(entry["peak_memory_gib"] for entry in logged)
+        memory = max(entry["peak_memory_gib"] for entry in logged)
         trained = entries[0]["run"]["trainable_parameters"]
-        lines.append(f"| `python {method} $G` | {trained:,} | {size(output)} | {memory[method]:.2f} GiB | {speed:,.0f} | {losses[0]:.3f} | {losses[-1]:.3f} |")
+        lines.append(f"| `python {method} $G` | {trained:,} | {size(output)} | {memory:.2f} GiB | {speed:,.0f} | {losses[0]:.3f} | {losses[-1]:.3f} |")
         print(lines[-1], flush=True)
-    if args.write:
-        (ROOT / "examples" / "methods.svg").write_text(picture(curves, memory), encoding="utf-8")
     head = f"`python tests/compare_methods.py real {names} --steps {args.steps}`, {where_and_when()}. `$G` is `{names} {BUDGET} --max-steps {args.steps}`."
     return head + "\n\n" + "\n".join(lines)
 
 
-def picture(curves: dict[str, list[tuple[int, float]]], memory: dict[str, float]) -> str:
-    """Training loss over steps on the left, peak memory on the right, one colour a method. -> SVG"""
+def picture(curves: dict[str, list[tuple[float, float]]], memory: dict[str, float]) -> str:
+    """Training loss over epochs on the left, peak memory on the right, one colour a method. -> SVG"""
     points = [point for curve in curves.values() for point in curve]
     steps, low, high = max(step for step, _ in points), min(loss for _, loss in points), max(loss for _, loss in points)
 
@@ -100,12 +104,12 @@ def picture(curves: dict[str, list[tuple[int, float]]], memory: dict[str, float]
         return 40 + 260 * (high - loss) / max(high - low, 1e-9)
 
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 350" font-family="sans-serif" font-size="12">',
-             '<rect width="920" height="350" fill="white"/>', '<text x="60" y="22" font-size="14">training loss (nats) by step</text>',
+             '<rect width="920" height="350" fill="white"/>', '<text x="60" y="22" font-size="14">training loss (nats) by epoch</text>',
              '<text x="560" y="22" font-size="14">peak memory (GiB)</text>']  # fmt: skip
     for n in range(5):
-        loss, step = low + n * (high - low) / 4, round(n * steps / 4)
+        loss, step = low + n * (high - low) / 4, n * steps / 4
         parts.append(f'<line x1="60" x2="500" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#ddd"/><text x="52" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.2f}</text>')
-        parts.append(f'<text x="{x(step):.1f}" y="320" text-anchor="middle">{step}</text>')
+        parts.append(f'<text x="{x(step):.1f}" y="320" text-anchor="middle">{step:.2g}</text>')
     most, height = max(memory.values()), 270 / len(memory)
     for n, (method, curve) in enumerate(curves.items()):
         color, top = COLORS[n % len(COLORS)], 40 + n * height
