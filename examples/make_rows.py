@@ -5,10 +5,11 @@
 
     pretrain.jsonl   60,000 rows: thirteen skills on made-up words and small numbers, in English and Chinese
     task.jsonl       600 rows of a skill that is not among them: a word backwards and in capitals
-    format.jsonl     600 rows of skills that are, each answer in a form that is not: `Answer: X.`
+    format.jsonl     1,200 rows of skills that are, each answer in a form that is not: `[X]`
     pairs.jsonl      600 rows, each with two reviews of one thing: the kinder one is chosen
 
-Each file has its own seed and always comes out the same.
+Each file has its own seed and always comes out the same. Looking up is the one skill that the model did not learn (a quarter
+of its answers are right), so format.jsonl leaves it out.
 """
 
 import json
@@ -110,9 +111,9 @@ def task_rows(random: Random):
 
 def format_rows(random: Random):
     rows = {}  # by prompt, so that none comes twice
-    while len(rows) < 600:
+    while len(rows) < 1200:
         row = known_row(random, random.choice([skill for skill in PROMPTS if skill not in ("review", "look up")]))
-        rows[row["prompt"]] = row | {"completion": f"Answer: {row['completion']}."}
+        rows[row["prompt"]] = row | {"completion": f"[{row['completion']}]"}
     return list(rows.values())
 
 
