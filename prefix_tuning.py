@@ -224,7 +224,7 @@ def check_flags(args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/prefix_tuning", lr=3e-4, packing=False)
+    parser = common.make_parser(__doc__, demo={"lr": 2e-3, "epochs": 6}, output="runs/prefix_tuning", lr=3e-4, packing=False)
     add = parser.add_argument_group("prefix tuning").add_argument
     add("--prefix-length", type=common.number(int, 1), default=None, help="P, trained keys and values in each layer (default: 20)")
     add("--init-text", metavar="TEXT",

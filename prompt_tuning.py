@@ -191,7 +191,7 @@ def check_flags(args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"lr": 1e-2}, output="runs/prompt_tuning", lr=1e-2, packing=False)
+    parser = common.make_parser(__doc__, demo={"lr": 3e-2, "epochs": 6}, output="runs/prompt_tuning", lr=1e-2, packing=False)
     add = parser.add_argument_group("prompt tuning").add_argument
     add("--prompt-length", type=common.number(int, 1), default=None, help="p, trained vectors before every text (default: 20)")
     add("--init", choices=["vocab", "text", "random"], default=None,

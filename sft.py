@@ -240,7 +240,7 @@ def load_lora(model, args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"data": [common.example("format.jsonl")], "lr": 1e-3, "epochs": 4}, output="runs/sft", lr=None)
+    parser = common.make_parser(__doc__, demo={"data": [common.example("format.jsonl")], "lr": 1e-3, "epochs": 3}, output="runs/sft", lr=None)
     add = parser.add_argument_group("SFT").add_argument
     add("--loss-on", choices=["answers", "all"], default="answers", help="targets: the assistant's tokens, or the prompt's as well")
     add("--neftune", type=common.number(float, 0), default=0.0, metavar="ALPHA", help="noise on the embeddings; 5 is the paper's; 0 is none")
