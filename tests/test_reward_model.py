@@ -363,7 +363,8 @@ def test_4x1_equals_1x4(packing, tmp_path):
 def test_two_ranks_equal_one(tmp_path):
     """Every parameter (FSDP2) and LoRA, over gloo, in one launch; five rows, so that a rank runs out of them."""
     data = write_rows(tmp_path / "rows.jsonl", [*PAIRS, RANKED])
-    flags = ["--data", data, "--eval-data", data, "--samples", "1", "--lr", "0.00002", "--max-length", "128", "--log-every", "1", "--max-steps", "3"]
+    flags = ["--model", "random", "--data", data, "--eval-data", data, "--samples", "1", "--max-steps", "3", "--log-every", "1"]
+    flags += ["--lr", "0.00002", "--max-length", "128"]
     runs = {"full": flags, "lora": [*flags, "--lora-rank", "4"]}
     for name, others in runs.items():
         reward_model.main([*others, "--output", str(tmp_path / "one" / name), "--batch-size", "2", "--grad-accum", "2"])
