@@ -161,7 +161,8 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert names[0] == names[1]
     for name in names[0]:
         if name.endswith(".safetensors"):
-            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+            ours, theirs = load_file(a / name), load_file(b / name)
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
 def whole(checkpoint: Path) -> bool:
@@ -381,6 +382,36 @@ def test_a_renamed_checkpoint_is_not_one(run_of):
     last.rename(last.with_name("step-00000004.bad"))
     main("lora", *flags("lora", run, "--resume", "--keep", 2))
     assert whole(last) and last.with_name("step-00000004.bad").exists()
+
+
+def test_torn_lines_of_metrics_are_dropped(run_of, finished):
+    run = run_of("lora")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:-1]) + b'{"step": 4, "lo\n\xff\xfe\x00{}}\n{"step": 4, "loss": {"a": 1}')
+    main("lora", *flags("lora", run, "--keep", 2, "--resume"))
+    assert_same_run(run, finished("lora"))
+
+
+def test_damaged_best_weights_are_not_taken_back(tmp_path, monkeypatch):
+    losses, original = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), common.Run.save_best
+    monkeypatch.setattr(common, "corpus_means", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr(common.Run, "save_best", lambda run: (original(run), flip(run.output / "checkpoint" / "best.safetensors")))
+    with pytest.raises(common.UserError, match="best.safetensors is damaged: its checksum does not match"):
+        main("lora", *flags("lora", tmp_path / "run", "--patience", 1, "--eval-every", 1))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_damaged_reference_log_probabilities_are_computed_again(damage, tmp_path):
+    arguments = flags("dpo", tmp_path / "run", "--lora-rank", 0)
+    main("dpo", *arguments)
+    kept = tmp_path / "run" / "reference.safetensors"
+    data, logps = kept.read_bytes(), load_file(kept)["logps"]
+    if damage == "flipped":
+        kept.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    else:
+        DAMAGES[damage](kept)
+    main("dpo", *arguments, "--resume")
+    assert torch.equal(load_file(kept)["logps"], logps)
 
 
 # -------------------------------------------------------------------------------------- full disks, read-only folders
@@ -861,6 +892,63 @@ def test_whatever_a_template_raises_is_refused_with_file_and_line(template, tmp_
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(common.UserError, match="rows.jsonl:1: the chat template refuses|no row with a target is left"):
         main("lora", *flags("lora", tmp_path / "run", "--template", tmp_path / "t.jinja"))
+
+
+def load_folder(folder) -> str:
+    """Tokenizer and model of --model -> what went wrong, in one line, or ""."""
+    args = common.make_parser("", output="unused", lr=1.0).parse_args(["--model", str(folder)])
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        common.load_tokenizer(args)
+        common.load_model(args, torch.float32, torch.device("cpu"))
+    except common.UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "7", "{", "{}", '{"model_type": 5}', "[" * 50_000])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_broken_model_folder_is_one_line(file, content, other_base, tmp_path):
+    shutil.copytree(other_base, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content)
+    assert load_folder(tmp_path / "model").startswith(f"--model {tmp_path / 'model'}: ") or file == "generation_config.json"
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": -1}, {"hidden_size": "x"}, {"num_attention_heads": 0}, {"vocab_size": 10}, {"dtype": "os.system"}, {"hidden_act": "evil"}])
+def test_a_broken_model_config_is_one_line(change, other_base, tmp_path):
+    shutil.copytree(other_base, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert load_folder(tmp_path / "model").startswith(f"--model {tmp_path / 'model'}: ")
+
+
+def test_weights_that_are_missing_are_not_made_up(other_base, tmp_path, capsys):
+    """transformers fills them with random numbers and says so in a warning."""
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    shutil.copytree(other_base, tmp_path / "model")
+    assert load_folder(tmp_path / "model") == ""
+    tensors = load_file(file)
+    safetensors.torch.save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
+    assert load_folder(tmp_path / "model") == f"--model {tmp_path / 'model'}: 1 of its weights are in no file, the first of them {name}"
+    capsys.readouterr()
+    safetensors.torch.save_file(tensors | {"further": torch.zeros(2)}, file, {"format": "pt"})
+    assert load_folder(tmp_path / "model") == "" and "1 tensors in its files are no part of this model, further for one" in capsys.readouterr().out
+    safetensors.torch.save_file(tensors | {name: torch.zeros(3, 3)}, file, {"format": "pt"})
+    assert load_folder(tmp_path / "model").startswith("--model")
+
+
+def test_a_machine_without_git_and_a_terminal_without_chinese(tmp_path, monkeypatch):
+    """Neither ends a run."""
+    arguments = flags("lora", tmp_path / "run", "--samples", 2)
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"第{n}行", "completion": "好😀"} for n in range(20)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert launched("lora", *arguments) == 0
+    terminal.flush()
+    assert b"\\u7b2c" in terminal.buffer.getvalue() and read_metrics(tmp_path / "run")[0]["run"]["git_commit"] is None
 
 
 # ---------------------------------------------------------------------------------- properties of templates and batches
