@@ -274,9 +274,8 @@ def as_a_process(name: str, arguments: list[str], die_at: int | None, log: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, more", [("lora", ["--dropout", "0.1"]), ("full_ft", []), ("dpo", ["--lora-rank", "0"])])
 def test_fifty_kills_by_the_system(name, more, tmp_path):
-    """SIGKILL at fifty moments, half of them at random times and half inside calls that change files: after each,
-    --resume goes on from the last whole checkpoint, and every run ends bit for bit as
-    the one that was never killed. $KILLS: another number of moments."""
+    """SIGKILL at fifty moments, half of them at random times and half inside calls that change files: after each, --resume goes on
+    from the last whole checkpoint, and every run ends bit for bit as the one that was never killed. $KILLS: another number."""
     kills, draw = int(os.environ.get("KILLS", 50)), random.Random(name)
     context = multiprocessing.get_context("forkserver")  # imports once, then forks
     context.set_forkserver_preload(["torch", "transformers", "datasets", "common", "lora", "full_ft", "dpo", "test_faults"])
@@ -313,6 +312,12 @@ def test_fifty_kills_by_the_system(name, more, tmp_path):
             shutil.rmtree(tmp_path / "parts")
             runs, expected = runs + 1, 0 if killed < kills else None
     print(f"{name}: {killed} kills in {runs} runs and {time.time() - began:.0f} s, {log.read_text(encoding='utf-8').count('resumed after')} resumptions")
+
+
+def test_an_interrupt_before_the_run_is_no_traceback():
+    with pytest.raises(SystemExit) as stopped:
+        common.launch(lambda: (_ for _ in ()).throw(KeyboardInterrupt), "")
+    assert stopped.value.code == 130
 
 
 # ------------------------------------------------------------------------------------------------ damaged checkpoints
