@@ -381,6 +381,13 @@ def test_keep_is_how_many_checkpoints_stay(keep, tmp_path):
     assert steps == [f"step-0000000{n}" for n in range(1, 5)][-keep:]
 
 
+def test_a_checkpoint_too_many_goes_on_resume(run_of):
+    """As one that is left when a run is killed between its last checkpoint and the removal of the one before."""
+    run = run_of("lora")
+    main("lora", *flags("lora", run, "--resume"))
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["step-00000004"]
+
+
 def test_a_renamed_checkpoint_is_not_one(run_of):
     run = run_of("lora")
     last = run / "checkpoint" / "step-00000004"
