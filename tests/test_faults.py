@@ -168,7 +168,9 @@ def assert_same_run(a: Path, b: Path) -> None:
 def whole(checkpoint: Path) -> bool:
     """Every file of a checkpoint is as its manifest says. Not through common: this is the judge."""
     digests = json.loads((checkpoint / "manifest.json").read_text())
-    return len(digests) == 3 and all(common.hashlib.sha256((checkpoint / file).read_bytes()).hexdigest() == digest for file, digest in digests.items())
+    return len(digests) == 3 and all(
+        common.hashlib.sha256((checkpoint / file).read_bytes()).hexdigest() == digest for file, digest in digests.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ kills
@@ -181,7 +183,16 @@ class Killed(BaseException):
 class Disk:
     """Counts the calls that change files from Run.__init__ on. The n-th dies, or fails, half done where it writes."""
 
-    CALLS = [(os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (safetensors.torch, "save_file"), (torch, "save")]
+    CALLS = [
+        (os, "replace"),
+        (os, "fsync"),
+        (os, "mkdir"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (shutil, "copyfile"),
+        (safetensors.torch, "save_file"),
+        (torch, "save"),
+    ]
 
     def __init__(self, patch, at: int | None = None, error=Killed):
         self.calls, self.at, self.error, self.armed = 0, at, error, False
@@ -311,7 +322,9 @@ def test_fifty_kills_by_the_system(name, more, tmp_path):
             assert_same_run(tmp_path / "whole", tmp_path / "parts")
             shutil.rmtree(tmp_path / "parts")
             runs, expected = runs + 1, 0 if killed < kills else None
-    print(f"{name}: {killed} kills in {runs} runs and {time.time() - began:.0f} s, {log.read_text(encoding='utf-8').count('resumed after')} resumptions")
+    print(
+        f"{name}: {killed} kills in {runs} runs and {time.time() - began:.0f} s, {log.read_text(encoding='utf-8').count('resumed after')} resumptions"
+    )
 
 
 def test_an_interrupt_before_the_run_is_no_traceback():
@@ -614,7 +627,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_last_checkpoint(name, tmp
     assert whole(kept) and all(tensor.isfinite().all() for tensor in load_file(kept / "weights.safetensors").values())
 
 
-@pytest.mark.parametrize("name, more", [("lora", []), ("full_ft", ["--max-grad-norm", "0"]), ("full_ft", ["--max-grad-norm", "0", "--step-in-backward"])])
+@pytest.mark.parametrize(
+    "name, more", [("lora", []), ("full_ft", ["--max-grad-norm", "0"]), ("full_ft", ["--max-grad-norm", "0", "--step-in-backward"])]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(name, more, value, tmp_path, monkeypatch):
     """It appears in the step that ends with a checkpoint, and the loss before it is finite. --step-in-backward knows no norm."""
@@ -685,7 +700,9 @@ def bad_rows(kind):
         for path in places(row):
             for value in [*WRONG_VALUES, MISSING]:
                 if path[0] == "margin":
-                    right = value is None or value is MISSING or not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 1e300
+                    right = (
+                        value is None or value is MISSING or not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < 1e300
+                    )
                 elif path == ("input",):
                     right = value is None or value is MISSING
                 else:  # one of three ranked answers may be missing
@@ -746,14 +763,18 @@ def wrong_lines():
     for end in range(1, len(whole)):  # torn at each byte, also inside a character
         yield whole[:end], None
     for line in ("{'text': 'x'}", '{"text": "x",}', '{text: "x"}', '{"text": "x"} // why', "text: x", "<text>x</text>", '{"text": "x"}{"text": "y"}',
-                 '{"text": "\\x41"}', '{"text": "\\u12"}', '{"text": undefined}', '{"text": 01}', '{"text"; "x"}', "text,x", "\ufeff" + '{"text": "x"}',
-                 '{"text": ' + "[" * 50_000, '{"a":' * 50_000, '{"text": ' + "9" * 5000 + "}", '{"text": "tab\tin"}', '{"text": "nul\x00in"}'):  # fmt: skip
+                 '{"text": "\\x41"}', '{"text": "\\u12"}', '{"text": undefined}', '{"text": 01}', '{"text"; "x"}', "text,x",
+                 "\ufeff" + '{"text": "x"}',
+                 '{"text": ' + "[" * 50_000, '{"a":' * 50_000, '{"text": ' + "9" * 5000 + "}", '{"text": "tab\tin"}',
+                 '{"text": "nul\x00in"}'):  # fmt: skip
         yield line.encode(), None
     for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252", "cp1251", "utf-7", "shift_jis", "gbk", "big5", "euc-kr"):
         text = {"shift_jis": "日本", "gbk": "中文", "big5": "中文", "euc-kr": "한국", "cp1251": "Привет"}.get(encoding, "café")
         yield json.dumps({"text": text}, ensure_ascii=False).encode(encoding), "caf+AOk" if encoding == "utf-7" else None
-    for text in [*map(chr, range(1, 32)), "\x7f", "\x80", "\x9f", "\u2028", "\u2029", "\u200b", "\u202e", "\ufeff", "\ufffe", "\uffff", "\U0010ffff", "😀",
-                 "\x00", "e\u0301", "ﷺ" * 50, "👩‍👩‍👧", "a\r\nb", "<|im_start|>", "<|im_end|>", "{{ 7 * 7 }}", "{% raw %}", "\\", '"', "x" * 3000]:  # fmt: skip
+    for text in [*map(chr, range(1, 32)), "\x7f", "\x80", "\x9f", "\u2028", "\u2029", "\u200b", "\u202e", "\ufeff", "\ufffe", "\uffff",
+        "\U0010ffff", "😀",
+                 "\x00", "e\u0301", "ﷺ" * 50, "👩‍👩‍👧", "a\r\nb", "<|im_start|>", "<|im_end|>", "{{ 7 * 7 }}", "{% raw %}", "\\", '"',
+                 "x" * 3000]:  # fmt: skip
         yield json.dumps({"text": f"[{text}]"}).encode(), f"[{text}]"
         if text >= " ":
             yield json.dumps({"text": f"[{text}]"}, ensure_ascii=False).encode(), f"[{text}]"
@@ -800,18 +821,34 @@ def odd_files(folder: Path):
         return path, text
 
     for suffix in common.READERS:
-        for data in (b"", b" ", b"\n\n\n", b"\x00" * 1000, b"\xff" * 1000, gzip.compress(good.encode()), b"PK\x03\x04" + bytes(60), b"%PDF-1.7\n%\xe2\xe3",
+        for data in (b"", b" ", b"\n\n\n", b"\x00" * 1000, b"\xff" * 1000, gzip.compress(good.encode()), b"PK\x03\x04" + bytes(60),
+            b"%PDF-1.7\n%\xe2\xe3",
                      codecs.BOM_UTF8, codecs.BOM_UTF16_LE, draw.randbytes(4000), pickle.dumps({"text": "x"}), b"\x80\x04\x95"):  # fmt: skip
             yield make(suffix, data)
         for encoding in ("utf-16", "utf-32", "utf-16-le", "gbk"):
             yield make(suffix, (good if "json" in suffix else table).encode(encoding))
     for end in range(0, len(good.encode()) - 1, 2):  # a list, torn
         yield make(".json", good.encode()[: end + 1])
-    for text in ("[", "[[", "[" * 100_000, "[1]", "[null]", '[{"text": "a"},]', '[{"text": "a"} {"text": "b"}]', "{}", '{"data": []}', "7", '"x"', "[]]", "[{}]"):
+    for text in (
+        "[",
+        "[[",
+        "[" * 100_000,
+        "[1]",
+        "[null]",
+        '[{"text": "a"},]',
+        '[{"text": "a"} {"text": "b"}]',
+        "{}",
+        '{"data": []}',
+        "7",
+        '"x"',
+        "[]]",
+        "[{}]",
+    ):
         yield make(".json", text.encode())
     yield make(".json", codecs.BOM_UTF8 + good.encode(), ["中文", "b"])
     yield make(".json", b" \r\n\t" + good.replace(", {", "\r\n,\r\n{").encode(), ["中文", "b"])
-    for text in ('text\n"open', 'text\n"a"b\n', "text\na,b\n", "text,label\na\n", ",\n1,2\n", "label\na\n", '"text\na\n', "text\n\x00,\x01\n", "text\ta\nb\tc\n",
+    for text in ('text\n"open', 'text\n"a"b\n', "text\na,b\n", "text,label\na\n", ",\n1,2\n", "label\na\n", '"text\na\n', "text\n\x00,\x01\n",
+        "text\ta\nb\tc\n",
                  "prompt;completion\na;b\n", "text\rmac\r"):  # fmt: skip
         yield make(".csv", text.encode())
     yield make(".csv", codecs.BOM_UTF8 + table.encode(), ["中文", "b"])
@@ -835,7 +872,10 @@ def test_whole_files_that_are_damaged_are_refused_by_name(tmp_path):
         elif isinstance(found, str):
             assert found.startswith(str(path)) and "\n" not in found, found
         elif text is None:  # of these only blank files are no error yet (load_data says that there are no rows), and one long row
-            assert not found or all(record["status"] == common.KEPT for record in found) and b"xxx" in path.read_bytes(), (path.read_bytes()[:80], found)
+            assert not found or all(record["status"] == common.KEPT for record in found) and b"xxx" in path.read_bytes(), (
+                path.read_bytes()[:80],
+                found,
+            )
     assert count > 150
 
 
@@ -846,7 +886,18 @@ def test_a_parquet_file_of_all_types_is_read_or_refused_with_its_row(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    values = [b"bytes", 5, 0.5, True, datetime.datetime(2026, 1, 1), decimal.Decimal("1.5"), ["x"], {"a": 1}, [[1]], {"path": "/etc/passwd", "bytes": None}]
+    values = [
+        b"bytes",
+        5,
+        0.5,
+        True,
+        datetime.datetime(2026, 1, 1),
+        decimal.Decimal("1.5"),
+        ["x"],
+        {"a": 1},
+        [[1]],
+        {"path": "/etc/passwd", "bytes": None},
+    ]
     for n, value in enumerate(values):
         path = tmp_path / f"{n}.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": [value, value]}), path)
@@ -896,7 +947,8 @@ def test_each_script_refuses_bad_data_as_a_user_meets_it(name, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("template", [
-    "{{ 1 / 0 }}", "{{ messages[0].content.nothing.more }}", "{{ messages[99] }}", "{{ raise_exception('no') }}", "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{{ 1 / 0 }}", "{{ messages[0].content.nothing.more }}", "{{ messages[99] }}", "{{ raise_exception('no') }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
     "{{ messages | dictsort }}", "{{ 'x'.encode('nope') }}", "{% if %}", "{{ messages[0]['content'] | int + [] }}", "{{ ''.join(5) }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "",
 ])  # fmt: skip
@@ -928,7 +980,10 @@ def test_a_broken_model_folder_is_one_line(file, content, other_base, tmp_path):
     assert load_folder(tmp_path / "model").startswith(f"--model {tmp_path / 'model'}: ") or file == "generation_config.json"
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": -1}, {"hidden_size": "x"}, {"num_attention_heads": 0}, {"vocab_size": 10}, {"dtype": "os.system"}, {"hidden_act": "evil"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": -1}, {"hidden_size": "x"}, {"num_attention_heads": 0}, {"vocab_size": 10}, {"dtype": "os.system"}, {"hidden_act": "evil"}],
+)
 def test_a_broken_model_config_is_one_line(change, other_base, tmp_path):
     shutil.copytree(other_base, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text()) | change
@@ -1064,7 +1119,9 @@ def test_pairs_are_all_pairs_of_a_prompt_and_weigh_one_together(rows, packing, s
 def test_no_document_is_lost_between_file_and_batch(rows, packing, size, tmp_path_factory):
     path = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"text": row} for row in rows])
     packed, tokenizer = "--packing" if packing else "--no-packing", common.tiny_tokenizer()
-    args = common.make_parser("", output="unused", lr=1.0).parse_args(["--data", path, "--eval-fraction", "0", "--max-length", "64", packed, "--batch-size", str(size)])
+    args = common.make_parser("", output="unused", lr=1.0).parse_args(
+        ["--data", path, "--eval-fraction", "0", "--max-length", "64", packed, "--batch-size", str(size)]
+    )
     corpus, _ = common.load_data(args, tokenizer, 320)
     found = []
     for batch in corpus.deal(corpus.rows()):
@@ -1086,7 +1143,9 @@ def test_a_packed_document_gets_the_log_probabilities_it_gets_alone(lengths, see
         index = torch.cat([torch.arange(start, start + size - 1) for start, size in zip(starts, sizes)])
         positions = torch.cat([torch.arange(size) for size in sizes])[None]
         packed = torch.cat(documents, dim=1)
-        return model.target_logps(packed, packed[0][index + 1], index, (sizes, torch.tensor(starts, dtype=torch.int32), max(sizes)), position_ids=positions)
+        return model.target_logps(
+            packed, packed[0][index + 1], index, (sizes, torch.tensor(starts, dtype=torch.int32), max(sizes)), position_ids=positions
+        )
 
     with torch.no_grad():
         torch.testing.assert_close(logps(ids), torch.cat([logps([document]) for document in ids]), rtol=0, atol=1e-5)
@@ -1131,7 +1190,9 @@ def forge(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value)), lambda value, path: path.write_bytes(b"PK nothing")])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value)), lambda value, path: path.write_bytes(b"PK nothing")]
+)
 def test_a_pickle_in_a_checkpoint_is_refused_in_one_line_and_not_run(save, run_of, tmp_path):
     run = run_of("lora")
     last = run / "checkpoint" / "step-00000004"
@@ -1194,7 +1255,8 @@ ESCAPES = [
     "{{ self.__init__.__globals__.__builtins__.open('TOUCHED', 'w') }}", "{{ lipsum.__globals__['os'].popen('touch TOUCHED').read() }}",
     "{{ ''['__cl' + 'ass__'] }}", "{{ ''|attr('__class__') }}", "{{ raise_exception.__globals__ }}", "{{ '{0.__class__.__mro__}'.format(5) }}",
     "{% set _ = messages.append('more') %}{{ messages }}", "{{ namespace.__init__.__globals__ }}", "{% include '/etc/passwd' %}",
-    "{{ joiner.__init__.__globals__.__builtins__.__import__('os').system('touch TOUCHED') }}", "{{ messages.__class__.__base__.__subclasses__()[0] }}",
+    "{{ joiner.__init__.__globals__.__builtins__.__import__('os').system('touch TOUCHED') }}",
+    "{{ messages.__class__.__base__.__subclasses__()[0] }}",
 ]  # fmt: skip
 
 
@@ -1286,24 +1348,30 @@ def test_nothing_is_written_elsewhere_no_network_no_pickle_no_program(name, tmp_
     finally:
         audited = None
     cache, wrote, others = Path(datasets.config.HF_DATASETS_CACHE), set(), []
-    for event, given in events:
-        if event == "open" and (isinstance(given[1], str) and set(given[1]) & set("wax+") or given[1] is None and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            wrote.add(given[0])
+    for event, details in events:
+        if event == "open" and (
+            isinstance(details[1],
+                str) and set(details[1]) & set("wax+") or details[1] is None and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
+            wrote.add(details[0])
         elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.chown", "os.mkfifo", "os.utime", "shutil.rmtree"):
-            wrote.add(given[0])
+            wrote.add(details[0])
         elif event in ("os.rename", "os.link", "os.symlink", "shutil.copyfile", "shutil.move"):
-            wrote |= set(given[:2])
-        elif event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen",
+            wrote |= set(details[:2])
+        elif event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "pickle.find_class", "os.system", "os.exec", "os.posix_spawn",
+            "subprocess.Popen",
                        "urllib.Request", "code.__new__"):  # fmt: skip
-            others.append((event, given))
+            others.append((event, details))
     wrote = {Path(os.fsdecode(path)) for path in wrote if isinstance(path, (str, bytes, os.PathLike))}
-    beyond = {path for path in wrote if path.is_absolute() and not any(path.is_relative_to(folder) for folder in (output, cache, "/dev/null", "/proc"))}
+    beyond = {
+        path for path in wrote if path.is_absolute() and not any(path.is_relative_to(folder) for folder in (output, cache, "/dev/null", "/proc"))
+    }
     assert not {path for path in beyond if "__pycache__" not in path.parts}
     inside = {path.name for path in output.rglob("*")}
     assert {path.parts[0] for path in wrote if not path.is_absolute()} <= inside | {".unfinished"}  # rmtree names them below its folder
     for folder in (home, tmp_path / "tmp", tmp_path / "here"):
         assert not list(folder.rglob("*")), folder
-    assert [given[1][:2] for event, given in others if event == "subprocess.Popen"] in ([], [["git", "rev-parse"]])
+    assert [details[1][:2] for event, details in others if event == "subprocess.Popen"] in ([], [["git", "rev-parse"]])
     assert not [event for event, _ in others if event != "subprocess.Popen"], others
 
 
@@ -1314,10 +1382,13 @@ def test_the_system_sees_no_file_written_elsewhere(name, tmp_path):
     """The same as the system sees it, C++ and Rust included: files opened to write in the whole process and its children."""
     for folder in ("home", "tmp", "cache", "here"):
         (tmp_path / folder).mkdir()
-    command = ["strace", "-f", "-qq", "-e", "trace=openat,open,creat,mkdir,rename,renameat,renameat2,unlink,connect", "-o", tmp_path / "trace", sys.executable,
+    command = ["strace", "-f", "-qq", "-e", "trace=openat,open,creat,mkdir,rename,renameat,renameat2,unlink,connect", "-o", tmp_path / "trace",
+        sys.executable,
                "-B", ROOT / f"{name}.py", *flags(name, tmp_path / "run", *RANDOM)]  # fmt: skip
     own = {"HOME": tmp_path / "home", "TMPDIR": tmp_path / "tmp", "HF_HOME": tmp_path / "cache", "HF_DATASETS_CACHE": tmp_path / "cache" / "datasets"}
-    done = subprocess.run([*map(str, command)], env=os.environ | {key: str(value) for key, value in own.items()}, cwd=tmp_path / "here", capture_output=True, text=True)
+    done = subprocess.run(
+        [*map(str, command)], env=os.environ | {key: str(value) for key, value in own.items()}, cwd=tmp_path / "here", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     wrote, places = set(), (str(tmp_path / "run"), str(tmp_path / "cache"), "/dev/", "/proc/", "/sys/")
     for line in (tmp_path / "trace").read_text(errors="replace").splitlines():
@@ -1342,8 +1413,6 @@ def usage() -> tuple[int, int]:
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_long_run_grows_in_nothing(steps, tmp_path, monkeypatch):
     """Logged, evaluated and saved many times over: after the first third, no more open files and no more memory."""
-    if steps > 300:
-        monkeypatch.undo()
     original, seen = common.Run.end_step, {}
 
     def end_step(run, *arguments):
