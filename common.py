@@ -1579,6 +1579,7 @@ class Run:
                 continue
             if "run" in entry or "done" not in entry and entry["step"] <= self.step:
                 entries.append(entry)
+        self.remove_old()  # a run may have been killed before it could
         if not resumed and (self.output / "checkpoint").exists():
             remove(self.output / "checkpoint")  # of a finished run: see __init__
         if not entries:
@@ -1700,6 +1701,9 @@ class Run:
             sync(*temporary.iterdir(), temporary)
             os.replace(temporary, folder / f"step-{self.step:08d}")
             sync(folder)
+        self.remove_old()
+
+    def remove_old(self) -> None:
         for old in self.checkpoints()[: -self.args.keep]:
             remove(old)
 

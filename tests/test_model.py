@@ -304,6 +304,43 @@ def test_a_generation_config_that_transformers_would_not_save_is_mended(tmp_path
     assert loaded.temperature == 0.7 and loaded.do_sample and loaded.eos_token_id == 257
 
 
+class OnCuda(torch.Tensor):
+    """A CPU tensor that takes the path of a GPU's."""
+
+    is_cuda = True
+
+
+def plain_varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch documents of varlen_attn, position by position: window_size (left, right), -1 for no limit. q (T, H, head_dim)."""
+    left, right = window_size
+    out = torch.zeros_like(q)
+    for first, last in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:]):
+        for t in range(first, last):
+            start, end = first if left < 0 else max(first, t - left), last if right < 0 else min(last, t + right + 1)
+            for h in range(q.shape[1]):
+                g = h * k.shape[1] // q.shape[1]
+                weights = (k[start:end, g] @ q[t, h] * scale).softmax(0)
+                out[t, h] = weights @ v[start:end, g]
+    return out
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 2, 5, 9, 10])
+def test_varlen_attention_is_asked_for_the_same_window(sliding_window, monkeypatch):
+    """The GPU's path with a plain loop in varlen_attn's place equals the CPU's, window by window."""
+    monkeypatch.setattr(common, "varlen_attn", plain_varlen_attn)
+    torch.manual_seed(0)
+    lengths = [9, 1, 6]
+    q, k, v = (torch.randn(1, heads, 16, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    documents = (lengths, torch.tensor([0, 9, 10, 16], dtype=torch.int32), 9)
+    module, options = types.SimpleNamespace(is_causal=True), {"scaling": 0.3, "sliding_window": sliding_window, "documents": documents}
+    here, _ = common.document_attention(module, q, k, v, None, **options)
+    there, _ = common.document_attention(module, *(x.as_subclass(OnCuda) for x in (q, k, v)), None, **options)
+    torch.testing.assert_close(there.as_subclass(torch.Tensor), here)
+    if sliding_window == 2:  # itself and the one before, by hand
+        weights = (q[0, 0, 3] @ k[0, 0, 2:4].T * 0.3).softmax(0)
+        torch.testing.assert_close(here[0, 3, 0], weights @ v[0, 0, 2:4])
+
+
 @pytest.mark.cuda
 def test_float32_masters_under_autocast_use_varlen_attention(monkeypatch):
     """Rotary embedding makes queries float32 under autocast: they must be cast back, or the slow path is taken silently."""

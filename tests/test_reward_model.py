@@ -363,7 +363,8 @@ def test_4x1_equals_1x4(packing, tmp_path):
 def test_two_ranks_equal_one(tmp_path):
     """Every parameter (FSDP2) and LoRA, over gloo, in one launch; five rows, so that a rank runs out of them."""
     data = write_rows(tmp_path / "rows.jsonl", [*PAIRS, RANKED])
-    flags = ["--data", data, "--eval-data", data, "--samples", "1", "--lr", "0.00002", "--max-length", "128", "--log-every", "1", "--max-steps", "3"]
+    flags = ["--model", "random", "--data", data, "--eval-data", data, "--samples", "1", "--max-steps", "3", "--log-every", "1"]
+    flags += ["--lr", "0.00002", "--max-length", "128"]
     runs = {"full": flags, "lora": [*flags, "--lora-rank", "4"]}
     for name, others in runs.items():
         reward_model.main([*others, "--output", str(tmp_path / "one" / name), "--batch-size", "2", "--grad-accum", "2"])
@@ -390,7 +391,7 @@ def test_two_ranks_equal_one(tmp_path):
 
 def test_overfits_one_batch(tmp_path):
     """A method that cannot learn five prompts by heart has a bug."""
-    folder = train(tmp_path / "run", "--max-steps", "25", "--batch-size", "5", "--lr", "0.001")
+    folder = train(tmp_path / "run", "--max-steps", "15", "--batch-size", "5", "--lr", "0.001")
     last = [entry for entry in read_metrics(folder) if "loss" in entry][-1]
     assert last["accuracy"] == pytest.approx(1) and last["loss"] < 0.05 and last["margin"] > 3
 
