@@ -276,7 +276,7 @@ Without --max-steps 0 the same command trains it further, into another folder.""
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/adapter", lr=1e-3)
+    parser = common.make_parser(__doc__, demo={"lr": 3e-3, "epochs": 6}, output="runs/adapter", lr=1e-3)
     add = parser.add_argument_group("adapters").add_argument
     add("--bottleneck", type=common.number(int, 1), default=64, help="r, the width of each adapter: how much it can change")
     add("--activation", choices=list(ACTIVATIONS), default="relu", help="inside each adapter")
