@@ -62,8 +62,8 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad flag is a UserError: one line instead of the whole usage text. And where no --model is given, the
-    defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
+    """argparse, but a bad flag is a UserError: one line instead of the whole usage text. And where neither --model nor
+    --data is given, the defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
 
     demo = {}
 
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
-        if not any(argument.split("=")[0] == "--model" for argument in given):
+        if not any(argument.split("=")[0] in ("--model", "--data") for argument in given):
             self.set_defaults(**self.demo)
         return super().parse_args(args, namespace)
 
@@ -99,8 +99,8 @@ DEMO = {"data": [example("task.jsonl")], "max_length": 128, "epochs": 3, "eval_f
 
 
 def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = None, **defaults) -> Parser:
-    """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. demo: defaults where no
-    --model is given. defaults: the script's own (output, lr ...), of the flags it is without, too."""
+    """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. demo: defaults where neither
+    --model nor --data is given. defaults: the script's own (output, lr ...), of the flags it is without, too."""
     help_form, yes_no = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
     parser = Parser(description=doc.split("\n\n")[0], formatter_class=help_form, allow_abbrev=False)
     parser.demo = DEMO | (demo or {})
@@ -110,7 +110,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
             parser.add_argument(flag, **options)
 
     add("--model", default=example("tiny"), help="a folder, a Hugging Face Hub name, or `random`: a small random Llama made in memory. "
-        "Without --model the script shows what it does on examples/tiny, with settings of its own")
+        "Without --model and --data the script shows what it does on examples/tiny, with settings of its own")
     add("--data", nargs="+", metavar="PATH[:WEIGHT]", default=[example("instructions.jsonl")],
         help=".jsonl, .json, .csv, .parquet files, folders of them, or Hub data sets (NAME, NAME@SPLIT, NAME@CONFIG@SPLIT). "
         "WEIGHT is how often a row comes up in an epoch: 2 is twice, 0.5 half of the rows, and the other half in the next epoch")

@@ -19,7 +19,7 @@ import ppo
 RULES = ROOT / "examples" / "rewards.py"
 PROMPTS = [{"prompt": "Say " + "abc" * n, "completion": f"{n}"} for n in range(1, 9)]
 SMALL = ["--eval-fraction", "0", "--batch-size", "2", "--grad-accum", "1", "--minibatches", "2", "--ppo-epochs", "2", "--max-steps", "3",
-         "--response-length", "6", "--unfinished-score", "none", "--lr", "1e-3", "--save-every", "1000"]  # fmt: skip
+         "--response-length", "6", "--unfinished-score", "none", "--lr", "1e-3", "--save-every", "1000", "--reward", f"{RULES}:lowercase"]  # fmt: skip
 LORA = ["--lora-rank", "4"]
 
 
@@ -584,7 +584,8 @@ def learn(tmp_path, seed, steps, *more):
     rows = [{"prompt": f"Say {c}{d}"} for c in "abcdefgh" for d in range(8)]
     ppo.main(["--data", write_rows(tmp_path / "say.jsonl", rows), "--output", str(tmp_path / "run"), "--eval-fraction", "0", "--lr", "5e-3",
               "--kl-coefficient", "0.01", "--response-length", "12", "--batch-size", "16", "--grad-accum", "1", "--minibatches", "2",
-              "--unfinished-score", "none", "--max-steps", str(steps), "--save-every", "1000", "--seed", str(seed), *more])  # fmt: skip
+              "--unfinished-score", "none", "--max-steps", str(steps), "--save-every", "1000", "--seed", str(seed),
+              "--reward", f"{RULES}:lowercase", *more])  # fmt: skip
     return [entry for entry in read_metrics(tmp_path / "run") if "score" in entry]
 
 
