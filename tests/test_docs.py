@@ -26,8 +26,8 @@ PREFERENCES = ["reward_model", "dpo", "orpo"]
 SCRIPTS = ["full_ft", *ADAPTERS, "sft", *PREFERENCES, "ppo"]
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 DOC = {script: ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))) for script in SCRIPTS}
-OTHERS = {"--seeds",   # flags in the README that belong to other programs
-    "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--enable-lora", "--lora-modules", "--model_args", "--tasks", "--against", "--steps",
+OTHERS = {  # flags in the README that belong to other programs
+    "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--enable-lora", "--lora-modules", "--model_args", "--tasks", "--against", "--steps", "--seeds",
 }  # fmt: skip
 
 
