@@ -28,6 +28,8 @@ Questions people ask
   Why is m not 1?        It would make W' = V / ||V|| at the start, not W0.
 
 Measured: 12 steps on GSM8K take SmolLM2-135M's held-out loss from 1.450 to 1.165, LoRA's from 1.450 to 1.171 (README, Results).
+`python tests/benchmark.py --methods dora --shape 8x576 --steps 4 --repeats 1`, two cores of an AMD EPYC, float32, 2026-11-22: 482 tokens/s and
+1.05 GiB above the loaded model; PEFT's DoRA under TRL on the same rows 193 and 1.99.
 
     python dora.py                                                     # the bundled model learns a task, in a minute
     python dora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
