@@ -26,8 +26,9 @@ PREFERENCES = ["reward_model", "dpo", "orpo"]
 SCRIPTS = ["full_ft", *ADAPTERS, "sft", *PREFERENCES, "ppo"]
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 DOC = {script: ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))) for script in SCRIPTS}
-OTHERS = {  # flags in the README that belong to other programs
+OTHERS = {  # flags in the texts that belong to other programs
     "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--enable-lora", "--lora-modules", "--model_args", "--tasks", "--against", "--steps", "--seeds",
+    "--methods", "--shape", "--repeats",
 }  # fmt: skip
 
 
@@ -281,4 +282,4 @@ def test_every_flag_that_the_readme_names_is_one(flags):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_that_a_docstring_names_is_one(script, flags):
-    assert named_flags(DOC[script]) - {"--nproc-per-node"} <= flags[script].keys()
+    assert named_flags(DOC[script]) - OTHERS <= flags[script].keys()
