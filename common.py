@@ -493,10 +493,69 @@ def encode_answers(tokenizer, prompt: list[dict], answers: list[dict], joined: b
     return [(ids, [start <= i < end for i in range(len(ids))]) for ids, _, end in spans]
 
 
+@contextmanager
+def template_errors(where: str):
+    """A template is a program: whatever it divides by zero or looks up in vain, in a with block, is the row's error."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{where}: the chat template refuses this conversation: {error}")
+
+
+def with_system(conversation: list[dict], args) -> list[dict]:
+    """--system in front, where a conversation has no system turn of its own."""
+    missing = args.system is not None and conversation and conversation[0]["role"] != "system"
+    return [{"role": "system", "content": args.system}] * bool(missing) + conversation
+
+
+def is_empty(answers: list[dict]) -> bool:
+    return any(not answer["content"].strip() for answer in answers)
+
+
+def encode_training_row(row, where: str, tokenizer, args) -> tuple[str | list[dict], list, bool]:
+    """-> (prompt, documents of (ids, is_target), whether a text in it is empty)"""
+    parsed = parse_row(row, where)
+    if isinstance(parsed, str):  # raw text: every token is a target; a long text becomes consecutive documents
+        ids = tokenizer(parsed).input_ids if parsed.strip() else []
+        ids += [tokenizer.eos_token_id] if ids and ids[-1] != tokenizer.eos_token_id else []
+        pieces = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
+        return parsed, [(piece, [True] * len(piece)) for piece in pieces], not parsed.strip()
+    while parsed and parsed[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
+        parsed.pop()
+    prompt = parsed[: next((i for i, m in enumerate(parsed) if i and m["role"] == "assistant"), None)]
+    empty = is_empty([m for m in parsed if m["role"] == "assistant"])
+    with template_errors(where):
+        documents = [] if empty or not parsed else encode_conversation(tokenizer, with_system(parsed, args), args.template == "none")
+    if getattr(args, "loss_on", "answers") == "all":
+        documents = [(ids, [True] * len(ids)) for ids, _ in documents]
+    return prompt, documents, empty
+
+
+def encode_preference_row(row, where: str, tokenizer, args) -> tuple[list[dict], list, bool, float]:
+    """-> (prompt, a document an answer, best first, whether an answer is empty, margin)"""
+    prompt, answers, margin = parse_preference(row, where)
+    with template_errors(where):
+        documents = [] if is_empty(answers) else encode_answers(tokenizer, with_system(prompt, args), answers, args.template == "none")
+    return prompt, documents, is_empty(answers), margin
+
+
+def encode_prompt_row(row, where: str, tokenizer, args) -> tuple[list[dict], list, bool, str]:
+    """-> (prompt, one document, whether the answer it comes with is empty, prompt and answer as JSON)"""
+    (prompt, answers), joined = parse_prompt(row, where), args.template == "none"
+    conversation = with_system(prompt, args)
+    with template_errors(where):
+        if answers:
+            documents = [] if is_empty(answers) else encode_answers(tokenizer, conversation, answers, joined)
+        else:
+            ids = encode_conversation(tokenizer, conversation, joined)[0][0] if joined else render(tokenizer, conversation, prompt=True)
+            documents = [(ids, [False] * len(ids))]
+    return prompt, documents, is_empty(answers), json.dumps(conversation + answers)
+
+
 KEPT, CUT, NO_TARGET, EMPTY = range(4)  # what became of a document
 
 
-def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "conversations"):
+def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "conversations") -> list[dict]:
     """One row -> its documents, as records of the token table. A row that gives none leaves a record that says why.
 
     kind "preferences": the answers to a prompt, best first, are consecutive documents, all kept or all dropped; their number
@@ -504,64 +563,36 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
     kind "prompts": a document is a prompt and, marked as targets, the answer it comes with, if any. Its length is the prompt's, and
     `conversation` has both as text (JSON), for programs that read text and for models with another template.
     """
-    documents, empty, margin, joined = [], False, 0.0, args.template == "none"
-    parsed = parse_row(row, where) if kind == "conversations" else None
-    if isinstance(parsed, str):  # raw text: every token is a target; a long text becomes consecutive documents
-        prompt, empty = parsed, not parsed.strip()
-        ids = [] if empty else tokenizer(parsed).input_ids
-        ids += [tokenizer.eos_token_id] if ids and ids[-1] != tokenizer.eos_token_id else []
-        pieces = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
-        documents = [(piece, [True] * len(piece)) for piece in pieces]
+    columns = {"margin": 0.0, "answers": 1}
+    if kind == "preferences":
+        prompt, documents, empty, columns["margin"] = encode_preference_row(row, where, tokenizer, args)
+    elif kind == "prompts":
+        prompt, documents, empty, columns["conversation"] = encode_prompt_row(row, where, tokenizer, args)
     else:
-        if kind == "preferences":
-            parsed, answers, margin = parse_preference(row, where)
-            first_answer = len(parsed)
-        elif kind == "prompts":
-            parsed, answers = parse_prompt(row, where)
-            first_answer = len(parsed)
-        else:
-            while parsed and parsed[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
-                parsed.pop()
-            answers = [m for m in parsed if m["role"] == "assistant"]
-            first_answer = next((i for i, m in enumerate(parsed) if i and m["role"] == "assistant"), None)
-        prompt = json.dumps([(m["role"], m["content"]) for m in parsed[:first_answer]])
-        empty = any(not answer["content"].strip() for answer in answers)
-        if args.system is not None and parsed and parsed[0]["role"] != "system":
-            parsed.insert(0, {"role": "system", "content": args.system})
-        try:
-            if kind == "conversations":
-                documents = [] if empty or not parsed else encode_conversation(tokenizer, parsed, joined)
-            elif answers:
-                documents = [] if empty else encode_answers(tokenizer, parsed, answers, joined)
-            else:
-                ids = encode_conversation(tokenizer, parsed, joined=True)[0][0] if joined else render(tokenizer, parsed, prompt=True)
-                documents = [(ids, [False] * len(ids))]
-        except Exception as error:  # a template is a program: whatever it divides by zero or looks up in vain
-            raise UserError(f"{where}: the chat template refuses this conversation: {error}")
+        prompt, documents, empty = encode_training_row(row, where, tokenizer, args)
     # rows with the same prompt share a number, so that the held-out split can keep them together
-    record = {"prompt": int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], signed=True), "margin": margin, "answers": 1}
-    record |= {"conversation": json.dumps(parsed + answers)} if kind == "prompts" else {}
+    key = prompt if isinstance(prompt, str) else json.dumps([(m["role"], m["content"]) for m in prompt])
+    columns["prompt"] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], signed=True)
+
     records = []
     for ids, marks in documents or [([], [])]:
         if ids and max(ids) >= vocab_size:
             raise UserError(f"{where}: token {max(ids)} is beyond the model's {vocab_size} embeddings: tokenizer and model do not fit")
-        if kind == "prompts":
+        if kind == "prompts":  # never cut
             length = marks.index(True) if True in marks else len(ids)
-            status = EMPTY if empty else KEPT if length <= args.max_length else NO_TARGET  # a prompt is never cut
-            records.append(record | {"input_ids": ids, "is_target": marks, "length": length, "targets": sum(marks), "status": status})
-            continue
-        status = CUT if len(ids) > args.max_length else KEPT
-        if kind == "conversations" and getattr(args, "loss_on", "answers") == "all":
-            marks = [True] * len(ids)
-        ids, marks = ids[: args.max_length], [False, *marks[1 : args.max_length]]  # nothing predicts a first token
-        if not any(marks):
-            ids, marks, status = [], [], EMPTY if empty else NO_TARGET
-        records.append(record | {"input_ids": ids, "is_target": marks, "length": len(ids), "targets": sum(marks), "status": status})
+            status = EMPTY if empty else KEPT if length <= args.max_length else NO_TARGET
+        else:
+            status = CUT if len(ids) > args.max_length else KEPT
+            ids, marks = ids[: args.max_length], [False, *marks[1 : args.max_length]]  # nothing predicts a first token
+            if not any(marks):
+                ids, marks, status = [], [], EMPTY if empty else NO_TARGET
+            length = len(ids)
+        records.append(columns | {"input_ids": ids, "is_target": marks, "length": length, "targets": sum(marks), "status": status})
     if kind == "preferences":
-        for n, one in enumerate(records):
-            one["answers"] = 0 if n else len(records)
+        for n, record in enumerate(records):
+            record["answers"] = 0 if n else len(records)
         records = next(([record] for record in records if record["status"] > CUT), records)
-    yield from records
+    return records
 
 
 def end_of_turn(tokenizer) -> int:
