@@ -297,15 +297,17 @@ def train(args) -> None:
             part = figures(args, batch, *answer_logps(model, batch), start)
             (part["loss"] / prompts).backward()  # a mean over the prompts of the whole step, over micro-batches and ranks
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
+        if run.step == 0 and args.loss == "sigmoid" and not args.reference:
+            check_start(common.over_ranks(sums["loss"].item()) / prompts, dtype)
+        # --- update ---
         if run.step == 0:
             common.check_gradients(model)
-            if args.loss == "sigmoid" and not args.reference:
-                check_start(common.over_ranks(sums["loss"].item()) / prompts, dtype)
         common.sum_gradients(parameters)  # over ranks, under torchrun
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
+        # --- end ---
 
     run.show_samples()
     save_trained(args, model, tokenizer, dtype)

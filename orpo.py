@@ -211,6 +211,7 @@ def train(args) -> None:
             part = figures(args, model, batch, per_token)
             (part["loss"] / prompts).backward()  # a mean over the whole step, over micro-batches and ranks
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
+        # --- copied from dpo.py: update ---
         if run.step == 0:
             common.check_gradients(model)
         common.sum_gradients(parameters)  # over ranks, under torchrun
@@ -218,6 +219,7 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
+        # --- end ---
 
     run.show_samples()
     save_trained(args, model, tokenizer, dtype)

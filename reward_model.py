@@ -223,6 +223,7 @@ def train(args) -> None:
             part = figures(batch, model.rewards(**batch))
             (part["loss"] / prompts).backward()  # a mean over the prompts of the whole step, over micro-batches and ranks
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
+        # --- copied from dpo.py: update ---
         if run.step == 0:
             common.check_gradients(model)
         common.sum_gradients(parameters)  # over ranks, under torchrun
@@ -230,6 +231,7 @@ def train(args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
+        # --- end ---
 
     run.show_samples()
     best = [corpus.table[row[0]]["input_ids"].tolist() for row in corpus.planned_rows()[:512] or corpus.rows()[:512]]
