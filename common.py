@@ -1151,7 +1151,7 @@ def choose_packed_attention(model, exact: bool) -> None:
 # logits are computed once, and never more than a chunk of them exists. Only if W itself is trained (full fine-tuning) does
 # the backward pass compute them again, since W's gradient mixes all positions.
 
-LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits: 128 MiB in float32, of which up to three exist at a time
+LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits: 128 MiB in float32, which all that follows overwrites
 
 
 def head_logits(hidden, weight, bias, scale: float, softcap: float | None) -> torch.Tensor:
@@ -1161,13 +1161,21 @@ def head_logits(hidden, weight, bias, scale: float, softcap: float | None) -> to
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def head_gradient(logits, logps, targets, scale: float, softcap: float | None) -> torch.Tensor:
-    """d log p(target) / d (W h + b), (C, V). Overwrites logits (C, V); logps (C,) are their targets' log-probabilities."""
+def take_logps(logits, targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (log p(targets) (C, 1), sum_v exp(z_v - max z) (C, 1)). Overwrites logits (C, V) with exp(z - max z): what follows needs
+    no second pass of exp, and no second tensor of that size."""
+    target, largest = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    return target - largest - total.log(), total
+
+
+def logps_and_gradient(logits, targets, scale: float, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> log p(targets) (C, 1), and d log p(target) / d (W h + b) (C, V) in place of the logits."""
     slope = scale * (1 - (logits / softcap) ** 2) if softcap else scale
-    log_sum = logits.gather(1, targets[:, None]) - logps[:, None]
-    gradient = logits.sub_(log_sum).exp_().neg_()  # -softmax(z)
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(log_sum))
-    return gradient.mul_(slope) if softcap or scale != 1 else gradient
+    logps, total = take_logps(logits, targets)
+    gradient = logits.div_(-total)  # -softmax(z)
+    gradient.scatter_add_(1, targets[:, None], torch.ones_like(total))
+    return logps, gradient.mul_(slope) if softcap or scale != 1 else gradient
 
 
 class LinearLogps(torch.autograd.Function):
@@ -1177,30 +1185,32 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap):
         ctx.head_trains, ctx.scale, ctx.softcap = ctx.needs_input_grad[1], scale, softcap
-        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        logps = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         rows = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.head_trains else None  # d log p / d h
         ctx.chunk = max(1, LOGITS_AT_ONCE // len(weight))
         for i in range(0, len(hidden), ctx.chunk):
             part = slice(i, i + ctx.chunk)
             logits = head_logits(hidden[part], weight, bias, scale, softcap)
-            logps[part] = -F.cross_entropy(logits, targets[part], reduction="none")
-            if rows is not None:
-                rows[part] = head_gradient(logits, logps[part], targets[part], scale, softcap).to(weight.dtype) @ weight
-        ctx.save_for_backward(*((hidden, weight, bias, targets, logps) if ctx.head_trains else (rows,)))
-        return logps
+            if rows is None:
+                logps[part] = take_logps(logits, targets[part])[0]
+            else:
+                logps[part], gradient = logps_and_gradient(logits, targets[part], scale, softcap)
+                rows[part] = gradient.to(weight.dtype) @ weight
+        ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.head_trains else (rows,)))
+        return logps[:, 0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (N,)
         if not ctx.head_trains:
             return ctx.saved_tensors[0] * grad[:, None].to(ctx.saved_tensors[0].dtype), *[None] * 5
-        hidden, weight, bias, targets, logps = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.chunk):
             part = slice(i, i + ctx.chunk)
             logits = head_logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
-            gradient = head_gradient(logits, logps[part], targets[part], ctx.scale, ctx.softcap).mul_(grad[part, None])
+            gradient = logps_and_gradient(logits, targets[part], ctx.scale, ctx.softcap)[1].mul_(grad[part, None])
             if bias is not None:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(weight.dtype)
