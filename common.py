@@ -950,6 +950,7 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     model.to(device)
     model.padded_attention, model.base_fingerprint = model.config._attn_implementation, fingerprint(model)
+    make_lean(model)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != weight_dtype):
         if args.packing:
             choose_packed_attention(model, exact=dtype == torch.float32)
@@ -986,6 +987,49 @@ def checkpoint_blocks(model, args) -> None:
         enable({"use_reentrant": False})
         for block in blocks(model)[args.checkpoint_blocks or len(blocks(model)) :]:
             block.gradient_checkpointing = False
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps gate and up alone and computes silu again in the backward pass. All (..., f)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def fused_norm(self, x):
+    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def gated_mlp(self, x):
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+LEAN = ((fused_norm, {"weight", "variance_epsilon"}), (gated_mlp, {"gate_proj", "up_proj", "down_proj"}))
+
+
+@torch.no_grad()
+def make_lean(model) -> None:
+    """RMSNorm in one kernel, without float32 copies, and SwiGLU without silu(gate) kept: the same numbers with less memory, and on a
+    GPU with fewer passes over it. Where a module's own forward gives other numbers (Gemma's norm, dropout), it stays as it is."""
+    was_training = model.training
+    model.train()
+    for module in model.modules():
+        for forward, parts in LEAN:
+            if all(hasattr(module, part) for part in parts):
+                weight = module.weight if forward is fused_norm else module.gate_proj.weight
+                x = torch.linspace(-3, 3, 2 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(2, -1)
+                own, lean = module(x).float(), forward(module, x).float()
+                if (own - lean).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
+                    module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward})
+    model.train(was_training)
 
 
 def linear_layers(model, targets: str) -> dict[str, torch.nn.Linear]:

@@ -90,11 +90,13 @@ class DoRALinear(nn.Module):
         return (self.base_norm**2 + (2 * s * cross + s**2 * square).sum(1)).clamp(min=1e-12).sqrt()
 
     def forward(self, x):
-        y = F.linear(x, self.base.weight)  # W0 x, without the bias
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # A x: (..., in) -> (..., r)
-        flat = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.to(x.dtype).T, alpha=self.scaling)
-        y = ScaleRows.apply(flat.view_as(y), self.magnitude, self.direction_norm())
-        return y if self.base.bias is None else y + self.base.bias
+        flat = x.flatten(0, -2)  # (N, in)
+        y = F.linear(flat, self.base.weight)  # W0 x, without the bias: (N, out)
+        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place
+        y = ScaleRows.apply(y, self.magnitude, self.direction_norm())
+        y = y if self.base.bias is None else y + self.base.bias
+        return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

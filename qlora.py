@@ -161,11 +161,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = self.base(x)  # W0 x
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # A x: (..., in) -> (..., r)
-        # W0 x + s B (A x) as one product that adds to y: no second (..., out) tensor for the sum
-        flat = torch.addmm(y.flatten(0, -2), down.flatten(0, -2), self.lora_B.to(x.dtype).T, alpha=self.scaling)
-        return flat.view_as(y)
+        flat = x.flatten(0, -2)  # (N, in)
+        y = self.base(flat)  # W0 x: (N, out)
+        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

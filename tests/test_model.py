@@ -200,6 +200,51 @@ def test_the_tiny_model_starts_at_ln_of_its_vocabulary_and_is_always_the_same():
     assert model.config.num_key_value_heads < model.config.num_attention_heads
 
 
+def kept_for_backward(model, ids) -> tuple[torch.Tensor, int]:
+    """(loss of the model's own forward, bytes that the forward pass keeps besides parameters)"""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)  # x, or its address might be taken again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return (logits.float() ** 2).mean(), sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_lean_blocks_give_the_same_logits_and_gradients(name):
+    model, ids = build(name), torch.arange(40).view(2, 20) * 7 % 150 + 5
+    for parameter_name, p in model.named_parameters():
+        if "norm" in parameter_name and parameter_name.endswith("weight"):
+            torch.nn.init.normal_(p, mean=1.0, std=0.3)
+    loss, kept = kept_for_backward(model, ids)
+    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    names, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+    common.make_lean(model)
+    lean_loss, lean_kept = kept_for_backward(model, ids)
+    torch.testing.assert_close(lean_loss, loss, rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(lean_loss, list(model.parameters()), allow_unused=True)
+    for gradient, own in zip(gradients, expected):
+        torch.testing.assert_close(gradient, own, rtol=1e-4, atol=1e-7)
+    assert list(model.state_dict()) == names and not model.training
+    lean = name in ("llama", "qwen2", "qwen3", "mistral", "granite", "cohere", "stablelm")  # the others have GELU, or no gate
+    assert lean_kept < 0.92 * kept if lean else lean_kept <= kept
+    replaced = [old for old, module in zip(classes, model.modules()) if type(module) is not old]
+    assert bool(replaced) == (lean or name == "qwen3_moe") and not any("Gemma" in old.__name__ for old in replaced)
+
+
+def test_blocks_with_dropout_are_not_replaced():
+    model = build("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: F.dropout(type(mlp).forward(mlp, x), 0.5, mlp.training)
+    common.make_lean(model)
+    assert type(mlp) is not type(model.model.layers[1].mlp) and type(mlp) is transformers.models.llama.modeling_llama.LlamaMLP
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side):
     model = build("llama")
