@@ -1,4 +1,8 @@
-"""Our scripts against TRL + PEFT on the same work: `python tests/benchmark.py --against trl` (--help for the rest).
+"""How fast and how lean the scripts are, on random weights.
+
+    python tests/benchmark.py --against trl              # against TRL + PEFT on the same work
+    python tests/benchmark.py --profile                  # where the time of a step goes
+    python tests/benchmark.py --growth --layers 2        # tokens/s and memory by row length, rows and processes, and a picture of it
 
 Both sides train the same random Llama on the same documents, in the same precision, with the same AdamW and no clipping
 differences, each in a process of its own, in turn: ours, theirs, ours, theirs ... Documents are of one length, so that both fill
@@ -69,7 +73,10 @@ def make_work(folder: Path, args) -> None:
 
 
 class Meter:
-    """Time of each step, and memory above what there was when training began."""
+    """Time of each step but the first `skip`, and memory above what there was when training began."""
+
+    def __init__(self, skip: int):
+        self.skip = skip
 
     def begin(self) -> None:
         import torch
@@ -101,7 +108,7 @@ class Meter:
         import torch
 
         peak = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")
-        times = self.times[2:]
+        times = self.times[self.skip :]
         print("RESULT", json.dumps({"tokens_per_second": tokens_per_step * len(times) / sum(times), "gib": (peak - self.before) / 2**30,
                                     "loaded_gib": self.before / 2**30, "steps": len(times)}))  # fmt: skip
 
@@ -138,13 +145,15 @@ def ours(folder: str, args) -> None:
 
     import common
 
-    meter = Meter()
+    meter = Meter(args.skip)
     begin, end_step = common.Run.begin, common.Run.end_step
     common.Run.begin = lambda run: (begin(run), meter.begin())
     common.Run.end_step = lambda run, *rest: (end_step(run, *rest), meter.step())
     common.check_head = lambda *_, **__: None  # random weights: nothing to check
     random_weights(folder, torch.float32)
     script = {"full": "full_ft", "reward": "reward_model"}.get(args.method, args.method)
+    if args.profile:
+        profile_steps()
     flags = ["--model", folder, "--output", f"{folder}/ours", "--max-steps", str(args.steps), "--batch-size", str(args.rows), "--samples", "0",
              "--eval-fraction", "0", "--log-every", "1", "--save-every", "100000", "--max-length", str(args.length), "--max-grad-norm", "1"]  # fmt: skip
     flags += ["--data", f"{folder}/{'pairs' if args.method in PREFERENCES else 'rows'}.jsonl"]
@@ -156,6 +165,43 @@ def ours(folder: str, args) -> None:
     __import__(script).main(flags)
 
 
+# aten operations by what they are for; all others but those in the head's softmax are element by element
+KINDS = {
+    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul"),
+    "attention": ("scaled_dot_product", "_scaled_dot_product", "_flash_attention", "varlen"),
+    "softmax over the vocabulary": ("log_softmax", "_log_softmax", "logsumexp", "exp", "exp_", "amax", "div_", "sub_", "neg_", "scatter_add_", "gather"),
+    "optimizer and clipping": ("_fused_adamw", "_foreach", "linalg_vector_norm"),
+    "copies": ("copy_", "cat", "fill_", "index_select", "clone", "zero_"),
+    "element by element": ("mul", "add", "silu", "sigmoid", "pow", "rsqrt", "mean", "sum", "neg", "div", "_fused_rms_norm", "gelu", "embedding", "cos", "sin"),
+}  # fmt: skip
+
+
+def profile_steps(first: int = 2, last: int = 4) -> None:
+    """Profile some steps of the run that follows, print where their time went, and end the process."""
+    import torch
+
+    import common
+
+    end_step, profiler = common.Run.end_step, torch.profiler.profile()
+
+    def counted_end_step(run, *rest):
+        end_step(run, *rest)
+        if run.step == first:
+            profiler.__enter__()
+        if run.step == last:
+            profiler.__exit__(None, None, None)
+            on_gpu, times = torch.cuda.is_available(), dict.fromkeys([*KINDS, "the rest: autograd, views, Python"], 0.0)
+            for event in profiler.key_averages():
+                name = event.key.removeprefix("aten::")
+                kind = next((kind for kind, names in KINDS.items() if name in names or name.startswith(tuple(n for n in names if n[0] == "_"))), None)
+                kind = kind if event.key.startswith("aten::") and kind else "the rest: autograd, views, Python"
+                times[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / (last - first)
+            print("RESULT", json.dumps({"ms": times}), flush=True)
+            os._exit(0)
+
+    common.Run.end_step = counted_end_step
+
+
 def theirs(folder: str, args) -> None:
     import datasets
     import peft
@@ -164,7 +210,7 @@ def theirs(folder: str, args) -> None:
     import trl
 
     random_weights(folder, torch.float32)
-    cuda, meter = torch.cuda.is_available(), Meter()
+    cuda, meter = torch.cuda.is_available(), Meter(args.skip)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = [json.loads(line) for line in open(f"{folder}/{'pairs' if args.method in PREFERENCES else 'rows'}.jsonl")]
     table = datasets.Dataset.from_list(rows)
@@ -208,14 +254,85 @@ def theirs(folder: str, args) -> None:
 
 def measure(side: str, folder: str, args) -> dict:
     command = [sys.executable, __file__, "--worker", side, "--folder", folder]
-    for name in ("method", "shape", "steps", "rows", "length", "document"):
+    if args.processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", *command[1:]]
+    for name in ("method", "shape", "steps", "rows", "length", "document", "skip"):
         command += [f"--{name}", str(getattr(args, name))]
-    command += ["--recompute"] * args.recompute + ["--lora"] * args.lora
+    command += ["--recompute"] * args.recompute + ["--lora"] * args.lora + ["--profile"] * args.profile
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
     line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT")), None)
     if line is None:
         return {"error": (run.stderr or run.stdout).strip().splitlines()[-1:]}
     return json.loads(line.removeprefix("RESULT"))
+
+
+def profile(args) -> None:
+    print(f"| method | ms a step | {' | '.join(KINDS)} | the rest: autograd, views, Python |\n" + "|---" * (len(KINDS) + 3) + "|")
+    for args.method in args.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            make_work(Path(folder), args)
+            result = measure("ours", folder, args)
+        if "error" in result:
+            print(f"| {args.method} | failed: {result['error']} |")
+            continue
+        total = sum(result["ms"].values())
+        print(f"| {args.method} | {total:,.0f} | {' | '.join(f'{ms / total:.1%}' for ms in result['ms'].values())} |", flush=True)
+
+
+def growth(args) -> None:
+    """One figure grows at a time. Rows are packed, so 8 rows of 512 are one row of 4,096 to the model."""
+    args.method = args.methods[0]
+    lengths = [512 * 2**n for n in range(7)]
+    series = {
+        "one document a row": [dict(length=n, document=n, rows=1, processes=1) for n in lengths],
+        "documents of 512 in a row": [dict(length=n, document=512, rows=1, processes=1) for n in lengths],
+        "rows of 512 a step": [dict(length=512, document=512, rows=n, processes=1) for n in (1, 2, 4, 8)],
+        "processes, a row of 2,048 each": [dict(length=2048, document=512, rows=1, processes=n) for n in (1, 2)],
+    }
+    print("| what grows | tokens a step | tokens/s | GiB above the loaded model, a process |\n|---|---|---|---|")
+    curves = {}
+    for name, points in series.items():
+        for point in points:
+            vars(args).update(point)
+            with tempfile.TemporaryDirectory() as folder:
+                make_work(Path(folder), args)
+                result = measure("ours", folder, args)
+            tokens = args.length * args.rows * args.processes
+            if "error" in result:
+                print(f"| {name} | {tokens:,} | failed: {result['error']} |", flush=True)
+                continue
+            curves.setdefault(name, []).append((tokens, result["tokens_per_second"], result["gib"]))
+            print(f"| {name} | {tokens:,} | {result['tokens_per_second']:,.0f} | {result['gib']:.2f} |", flush=True)
+    (ROOT / "examples" / "growth.svg").write_text(growth_picture(curves), encoding="utf-8")
+
+
+def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
+    """tokens/s on the left, memory on the right, by tokens a step, all axes logarithmic. -> SVG"""
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 400" font-family="sans-serif" font-size="12">',
+             '<rect width="920" height="400" fill="white"/>']  # fmt: skip
+    all_points = [point for curve in curves.values() for point in curve]
+    for panel, (left, title) in enumerate(((60, "tokens/s by tokens a step"), (520, "GiB above the loaded model by tokens a step"))):
+        values, tokens = [math.log2(point[1 + panel]) for point in all_points], [math.log2(point[0]) for point in all_points]
+        low, high, first, last = math.floor(min(values)), math.ceil(max(values)), min(tokens), max(tokens)
+
+        def x(n, left=left, first=first, last=last):
+            return left + 360 * (math.log2(n) - first) / (last - first)
+
+        def y(value, low=low, high=high):
+            return 320 - 280 * (math.log2(value) - low) / max(1, high - low)
+
+        parts.append(f'<text x="{left}" y="22" font-size="14">{title}</text>')
+        for power in range(low, high + 1):
+            line = f'<line x1="{left}" x2="{left + 360}" y1="{y(2.0**power):.1f}" y2="{y(2.0**power):.1f}" stroke="#ddd"/>'
+            parts.append(f'{line}<text x="{left - 6}" y="{y(2.0**power) + 4:.1f}" text-anchor="end">{2.0**power:g}</text>')
+        for power in range(math.ceil(first), math.floor(last) + 1):
+            parts.append(f'<text x="{x(2**power):.1f}" y="338" text-anchor="middle">{2**power:,}</text>')
+        for (name, curve), color, dash in zip(curves.items(), ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"), ("none", "none", "6 4", "2 3")):
+            path = " ".join(f"{x(point[0]):.1f},{y(point[1 + panel]):.1f}" for point in curve)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
+    for n, (name, color) in enumerate(zip(curves, ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"))):
+        parts.append(f'<rect x="{60 + 215 * n}" y="362" width="12" height="12" fill="{color}"/><text x="{78 + 215 * n}" y="373">{name}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def main() -> None:
@@ -229,15 +346,21 @@ def main() -> None:
     add("--document", type=int, default=256, help="tokens a document; of preference data, of prompt and one answer")
     add("--rows", type=int, default=1, help="rows, or pairs, a step")
     add("--steps", type=int, default=6)
+    add("--skip", type=int, default=2, help="of these steps, how many come before the clock starts")
+    add("--processes", type=int, default=1, help="of ours, under torchrun, each with its own rows")
     add("--repeats", type=int, default=3)
     add("--recompute", action="store_true", help="gradient checkpointing on both sides")
     add("--lora", action="store_true", help="LoRA in sft, dpo, orpo and reward as well")
+    add("--profile", action="store_true", help="of ours: milliseconds of a step, by kind of operation")
+    add("--growth", action="store_true", help="of ours: a table over row lengths, rows and processes, and examples/growth.svg")
     add("--json", type=Path, help="write the figures here, too")
     for name in ("--worker", "--method", "--folder"):
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return (ours if args.worker == "ours" else theirs)(args.folder, args)
+    if args.profile or args.growth:
+        return profile(args) if args.profile else growth(args)
     results = {}
     print("| method | tokens/s, ours | theirs | ratio (spread) | GiB above the loaded model, ours | theirs | ratio |\n|---|---|---|---|---|---|---|")
     for args.method in args.methods:
