@@ -18,7 +18,9 @@ The details that decide whether it works (Huang et al. 2024, "The N+ Implementat
 the code has their numbers:
  [1]  Answers are drawn from the policy at --temperature, from the whole distribution: no top-k, no top-p.
  [2]  An answer ends at its first end-of-turn token; masks go by position, padding follows. One that does not end by itself within
-      --response-length scores --unfinished-score instead, or nothing would teach the policy to end.
+      --response-length scores --unfinished-score instead, or nothing would teach the policy to end: as little as the worst answer
+      that did end in the run's first rollout (or in the evaluation before it), and at most -1. A number above what poor answers
+      get would teach the policy to talk on.
  [3]  Old log-probabilities come from the same forward pass as the new ones, at the same temperature, on the same micro-batches: the
       ratio of each rollout's first update is 1. The run checks it.
  [4]  The KL penalty is paid token by token (estimator k1); the score comes with the last token.
@@ -395,6 +397,20 @@ def model_scores(reward: Role, tokenizer, args, conversations: list[list[dict]],
     return scores
 
 
+def unfinished_score(setting: str | float, own: dict, scores: list[float], ended: list[bool]) -> float | None:
+    """[2] What an answer that was cut off scores, by --unfinished-score; None: what the reward says. auto: the lowest score of those
+    that ended, but at most -1, the first time that any did; `own` keeps it for the rest of the run. Until then -1."""
+    if setting != "auto":
+        return None if setting == "none" else setting
+    if "unfinished_score" not in own:
+        lowest = common.over_ranks(min((score for score, end in zip(scores, ended) if end), default=math.inf), dist.ReduceOp.MIN)
+        if lowest == math.inf:
+            return -1.0
+        own["unfinished_score"] = min(lowest, -1.0)
+        common.say(f"--unfinished-score auto: an answer that is cut off scores {own['unfinished_score']:.4g} in this run")
+    return own["unfinished_score"]
+
+
 # ------------------------------------------------------------------------------------------------------------ Rollouts
 
 
@@ -496,8 +512,9 @@ class Rollout:
 
 
 @torch.no_grad()
-def collect(args, roles: dict[str, Role], tokenizer, scorer, stop: list[int], corpus, documents: list[int], stream: list[int]) -> Rollout:
-    """Answer, score, and compute what the updates need. stream: numbers that make these samples other than those of another step."""
+def collect(args, roles: dict[str, Role], tokenizer, scorer, own: dict, stop: list[int], corpus, documents: list[int], stream: list[int]) -> Rollout:
+    """Answer, score, and compute what the updates need. own: numbers that the run keeps, see `unfinished_score`. stream: numbers that
+    make these samples other than those of another step."""
     started, device, ranks, rank, pad_id = time.perf_counter(), corpus.device, common.world_size(), common.rank(), corpus.pad_id
     prompts = [corpus.table[document]["input_ids"][: corpus.lengths[document]].tolist() for document in documents]
     # like lengths together; each rank answers every so many batches
@@ -514,10 +531,10 @@ def collect(args, roles: dict[str, Role], tokenizer, scorer, stop: list[int], co
     answers.sort(key=lambda answer: (len(prompts[answer.number]) + len(answer.tokens), answer.number))
     size, mine, micro_batches = args.batch_size, [], []
     for group in (answers[i : i + size * ranks] for i in range(0, len(answers), size * ranks)):
-        own = group[rank * size : (rank + 1) * size]
-        batch = collate([prompts[a.number] for a in own], [a.tokens for a in own], pad_id, device) if own else None
-        micro_batches.append((slice(len(mine), len(mine) + len(own)), batch, sum(len(a.tokens) for a in group)))
-        mine += own
+        part = group[rank * size : (rank + 1) * size]
+        batch = collate([prompts[a.number] for a in part], [a.tokens for a in part], pad_id, device) if part else None
+        micro_batches.append((slice(len(mine), len(mine) + len(part)), batch, sum(len(a.tokens) for a in group)))
+        mine += part
     longest = max(len(a.tokens) for a in answers)
     mask = (torch.arange(longest) < torch.tensor([[len(a.tokens)] for a in mine]).view(-1, 1)).to(device)  # (n, T)
 
@@ -531,8 +548,8 @@ def collect(args, roles: dict[str, Role], tokenizer, scorer, stop: list[int], co
         scores, trouble = [], str(error)
     if any(troubles := gathered([trouble])):
         raise common.UserError(next(filter(None, troubles)))
-    if args.unfinished_score is not None:  # [2]
-        scores = [score if end else args.unfinished_score for score, end in zip(scores, ended.tolist())]
+    if (unfinished := unfinished_score(args.unfinished_score, own, scores, ended.tolist())) is not None:
+        scores = [score if end else unfinished for score, end in zip(scores, ended.tolist())]
 
     logps = over_micro_batches(roles["policy"], lambda batch: roles["policy"].logps(batch, args.temperature), micro_batches, mask)  # [3]
     reference_logps = over_micro_batches(roles["reference"], lambda batch: roles["reference"].logps(batch, args.temperature), micro_batches, mask)
@@ -608,11 +625,12 @@ def train(args) -> None:
     def rollout_of(step: int) -> Rollout:
         epoch, first = plan[min(step, len(plan) - 1)]  # behind the last step, its prompts once more
         documents = [document for row in corpus.rows(epoch)[first : first + corpus.rows_per_step] for document in row]
-        return collect(args, roles, tokenizer, scorer, stop, corpus, documents, [0, step])
+        return collect(args, roles, tokenizer, scorer, run.own, stop, corpus, documents, [0, step])
 
     def measure() -> dict[str, float]:
         """The same draws at every evaluation. Prints a table of answers."""
-        rollout = collect(args, roles, tokenizer, scorer, stop, evaluation, [document for row in evaluation.rows() for document in row], [1])
+        documents = [document for row in evaluation.rows() for document in row]
+        rollout = collect(args, roles, tokenizer, scorer, run.own, stop, evaluation, documents, [1])
         rows = sorted(gathered(rollout.table))[: args.samples]
         lines = [f"{score:9.3f} | {prompt[-50:]!r:52} | {answer[:100]!r}" for _, score, prompt, answer in rows]
         common.say("\n".join([f"{'score':>9} | {'held-out prompt':52} | answer", *lines] if lines else []))
@@ -725,6 +743,10 @@ def save_policy(args, model, tokenizer) -> None:
     common.save_adapter(args, model, tokenizer, config, adapter_tensors(model, "policy"))
 
 
+def score_or_word(text: str) -> str | float:
+    return text if text in ("auto", "none") else common.number(float, -1e9)(text)
+
+
 def main(argv=None) -> None:
     without = ("--packing", "--patience", "--weight-decay", "--max-length", "--exact-match")
     prompts = [common.example("preferences.jsonl")]
@@ -741,8 +763,9 @@ def main(argv=None) -> None:
     add("--max-length", type=number(int, 2), default=512, help="tokens of a prompt and its answer; prompts that leave no room are dropped")
     add("--response-length", type=number(int, 1), default=64, help="the most tokens of an answer")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="of sampling, and so of the log-probabilities everywhere")
-    add("--unfinished-score", type=lambda text: None if text == "none" else float(text), default=-1.0, metavar="SCORE",
-        help="of an answer that --response-length cut off; none: what the reward says")  # fmt: skip
+    add("--unfinished-score", type=score_or_word, default="auto", metavar="SCORE",
+        help="of an answer that --response-length cut off; auto: the lowest score of those that ended in the run's first rollout (or in the "
+        "evaluation before it), at most -1; none: what the reward says")  # fmt: skip
     add("--rollout-batch-size", type=number(int, 1), default=32, help="answers sampled at once on one device")
     add("--minibatches", type=number(int, 1), default=4, help="a rollout is this many times --batch-size * --grad-accum prompts (on each rank)")
     add("--ppo-epochs", type=number(int, 1), default=4, help="passes over each rollout")

@@ -228,7 +228,7 @@ def test_samples_have_the_policys_distribution(monkeypatch, tmp_path):
     assert (torch.bincount(torch.tensor(drawn), minlength=320) / n - expected).abs().max() <= 1 / n + 1e-6
 
 
-def collected(monkeypatch, tmp_path, *more, stop=(257,)):
+def collected(monkeypatch, tmp_path, *more, stop=(257,), reward=lambda answer: float(len(answer)), own=None):
     args = parse(monkeypatch, *flags(tmp_path, "x", *more))
     tokenizer = common.tiny_tokenizer()
     corpus, _ = common.load_data(args, tokenizer, 320, kind="prompts")
@@ -236,9 +236,10 @@ def collected(monkeypatch, tmp_path, *more, stop=(257,)):
 
     def scorer(conversations, answers, references):
         seen.extend(zip(conversations, answers, references))
-        return [float(len(answer)) for answer in answers]
+        return [reward(answer) for answer in answers]
 
-    return ppo.collect(args, roles, tokenizer, scorer, list(stop), corpus, list(range(8)), [0, 0]), seen
+    own = {} if own is None else own
+    return ppo.collect(args, roles, tokenizer, scorer, own, list(stop), corpus, list(range(8)), [0, 0]), seen
 
 
 def test_samples_do_not_depend_on_the_batch(monkeypatch, tmp_path):
@@ -263,6 +264,39 @@ def test_a_rollout_is_what_it_says(monkeypatch, tmp_path):
     assert sum(count for _, _, count in rollout.micro_batches) == lengths.sum() == rollout.mask.sum()
     assert rollout.figures["score"] == pytest.approx(rollout.scores.mean().item())
     assert {(c[-1]["content"], reference) for c, _, reference in seen} == {(row["prompt"], row["completion"]) for row in PROMPTS}
+
+
+HALF = list(range(60, 130))  # stop tokens with which about half of the answers end
+
+
+def test_an_answer_cut_off_gets_no_more_than_the_worst_that_ended(monkeypatch, tmp_path):
+    """[2] Fixed by the first rollout in which an answer ended; -1 until then, and for rewards that do not fall below -1."""
+    own, auto = {}, ["--unfinished-score", "auto"]
+    for stop, low, expected in (([], -5.0, None), (HALF, -5.0, "lowest"), (HALF, -90.0, "as before"), ([], -5.0, "as before")):
+        rollout, seen = collected(monkeypatch, tmp_path, *auto, stop=stop, reward=lambda answer, low=low: low - len(answer), own=own)
+        ended = torch.tensor([batch["targets"][i].item() in stop for rows, batch, _ in rollout.micro_batches
+                              for i in rollout.mask[rows].sum(1).cumsum(0) - 1])  # fmt: skip
+        assert ended.sum() == 0 if not stop else 0 < ended.sum() < 8
+        if expected == "lowest":
+            first = rollout.scores[ended].min().item()
+            assert min(low - len(answer) for _, answer, _ in seen) < first < -5  # an answer cut off would have been lower still
+        assert own == ({"unfinished_score": first} if expected else {})
+        assert (rollout.scores[~ended] == (first if expected else -1.0)).all()
+    rollout, _ = collected(monkeypatch, tmp_path, *auto, stop=HALF, own=own)
+    assert own["unfinished_score"] == first
+    own = {}
+    collected(monkeypatch, tmp_path, *auto, stop=HALF, own=own)
+    assert own == {"unfinished_score": -1.0}
+
+
+def test_an_answer_cut_off_scores_the_same_on_all_ranks(monkeypatch, capsys):
+    """The lowest of another rank, -7, counts; and one rank may have no answer that ended."""
+    monkeypatch.setattr(common, "over_ranks", lambda value, op=torch.distributed.ReduceOp.SUM: min(value, -7.0) if "MIN" in str(op) else value)
+    for scores, ended, expected in (([-3.0, -9.0], [True, False], -7.0), ([-3.0], [False], -7.0), ([], [], -7.0), ([-8.0], [True], -8.0)):
+        own = {}
+        assert [ppo.unfinished_score("auto", own, scores, ended) for _ in range(2)] == [expected] * 2
+    assert capsys.readouterr().out.count("--unfinished-score auto") == 4  # once a run
+    assert [ppo.unfinished_score(x, own, scores, ended) for x in (-3.0, 0.0, "none")] == [-3.0, 0.0, None]
 
 
 def test_temperature_is_exact_for_a_soft_capped_head():
@@ -501,7 +535,12 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("more", [[], LORA])
 def test_a_resumed_run_equals_one_that_was_never_stopped(more, monkeypatch, tmp_path):
-    """Bit for bit: metrics, weights and the adapted KL coefficient, in the middle of an epoch."""
+    """Bit for bit: metrics, weights, the adapted KL coefficient and the score of answers cut off, in the middle of an epoch."""
+    (tmp_path / "rule.py").write_text("def rule(p, a, r): return [-sum(map(ord, x)) / 100 for x in a]\n")
+    monkeypatch.setattr(common, "stop_ids", lambda *args: HALF)
+    used, unfinished_score = [], ppo.unfinished_score
+    monkeypatch.setattr(ppo, "unfinished_score", lambda *args: used.append(unfinished_score(*args)) or used[-1])
+    more = [*more, "--unfinished-score", "auto", "--reward", tmp_path / "rule.py:rule"]
     more = [*more, "--kl-target", 1, "--kl-horizon", 20, "--save-every", 1, "--max-steps", 4, "--log-every", 2, "--minibatches", 1, "--grad-accum", 3]
     ppo.main(flags(tmp_path, "whole", *more))
     end_step = common.Run.end_step
@@ -517,7 +556,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(more, monkeypatch, tmp_
     ppo.main(flags(tmp_path, "parts", *more, "--resume"))
     drop = {"tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_gib", "seconds"}
     whole, parts = ([{k: v for k, v in e.items() if k not in drop} for e in read_metrics(tmp_path / name)[1:]] for name in ("whole", "parts"))
-    assert whole == parts
+    assert whole == parts and len(set(used)) == 1 and used[0] < -1
     logged = [entry for entry in whole if "score" in entry]
     assert len({entry["kl_coefficient"] for entry in logged}) == len(logged) > 1
     name = "adapter_model.safetensors" if more[0] == "--lora-rank" else "model.safetensors"
