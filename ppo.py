@@ -625,7 +625,9 @@ def train(args) -> None:
     def rollout_of(step: int) -> Rollout:
         epoch, first = plan[min(step, len(plan) - 1)]  # behind the last step, its prompts once more
         documents = [document for row in corpus.rows(epoch)[first : first + corpus.rows_per_step] for document in row]
-        return collect(args, roles, tokenizer, scorer, run.own, stop, corpus, documents, [0, step])
+        rollout = collect(args, roles, tokenizer, scorer, run.own, stop, corpus, documents, [0, step])
+        check_health(rollout, run, args)
+        return rollout
 
     def measure() -> dict[str, float]:
         """The same draws at every evaluation. Prints a table of answers."""
@@ -644,7 +646,6 @@ def train(args) -> None:
     rollout = rollout_of(run.step) if run.step < run.total_steps else None
 
     for step in range(run.step, run.total_steps):
-        check_health(rollout, run, args)
         started, mask, micro_batches = time.perf_counter(), rollout.mask, rollout.micro_batches
         rates = [common.learning_rate(step, run.total_steps, argparse.Namespace(**vars(args) | {"lr": lr})) for lr in (args.lr, args.critic_lr)]
         for optimizer, rate in zip(optimizers, rates):
@@ -695,7 +696,6 @@ def train(args) -> None:
         if args.kl_target:  # [8]
             beta = run.own["kl_coefficient"] = adapted_kl_coefficient(beta, figures["kl"], args.kl_target, rollout.rows, args.kl_horizon)
         rollout = rollout_of(step + 1)  # before end_step, which may save: what the policy has become shows in its samples
-        check_health(rollout, run, args)
         sums = {"loss": policy_sum + args.value_coefficient * value_sum}
         sums |= {"policy_loss": policy_sum, "value_loss": value_sum, "clip_fraction": clipped_sum}
         sums |= {name: torch.tensor(value / common.world_size(), device=device) for name, value in figures.items()}

@@ -581,6 +581,16 @@ def test_a_policy_gone_astray_stops_before_it_is_saved(figure, value, match, mon
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-00000002"]
 
 
+def test_every_rollout_is_checked_once_the_first_one_too(monkeypatch, tmp_path):
+    collect, check_health, collected, checked = ppo.collect, ppo.check_health, [], []
+    monkeypatch.setattr(ppo, "collect", lambda *args: collected.append(collect(*args)) or collected[-1])
+    monkeypatch.setattr(ppo, "check_health", lambda rollout, *args: checked.append(rollout) or check_health(rollout, *args))
+    ppo.main(flags(tmp_path, "run", *LORA, "--max-steps", 2))
+    assert len(checked) == 3 and all(a is b for a, b in zip(checked, collected, strict=True))
+    with pytest.raises(common.UserError, match="step 1: the policy has collapsed: .*there is no checkpoint yet"):
+        ppo.main(flags(tmp_path, "first", *LORA, "--min-entropy", 100))
+
+
 def test_metrics_and_the_table(tmp_path, capsys):
     ppo.main(flags(tmp_path, "run", *LORA, "--eval-fraction", 0.3, "--eval-every", 2, "--samples", 2))
     entries, printed = read_metrics(tmp_path / "run"), capsys.readouterr().out
