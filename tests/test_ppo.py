@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -554,8 +555,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(more, monkeypatch, tmp_
         patch.setattr(common.Run, "end_step", killed)
         ppo.main(flags(tmp_path, "parts", *more))
     ppo.main(flags(tmp_path, "parts", *more, "--resume"))
-    drop = {"tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_gib", "seconds"}
-    whole, parts = ([{k: v for k, v in e.items() if k not in drop} for e in read_metrics(tmp_path / name)[1:]] for name in ("whole", "parts"))
+    whole, parts = ([{k: v for k, v in e.items() if k not in TIMINGS} for e in read_metrics(tmp_path / name)[1:]] for name in ("whole", "parts"))
     assert whole == parts and len(set(used)) == 1 and used[0] < -1
     logged = [entry for entry in whole if "score" in entry]
     assert len({entry["kl_coefficient"] for entry in logged}) == len(logged) > 1
@@ -591,6 +591,81 @@ def test_every_rollout_is_checked_once_the_first_one_too(monkeypatch, tmp_path):
         ppo.main(flags(tmp_path, "first", *LORA, "--min-entropy", 100))
 
 
+TIMINGS = {"tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_gib", "seconds"}
+
+
+def one_rollout(tmp_path, name, *more):
+    """-> what a step logs but its timings, and the weights after it"""
+    ppo.main(flags(tmp_path, name, "--max-steps", 1, "--save-every", 1, "--minibatches", 1, "--max-grad-norm", 0, *more))
+    (entry,) = (entry for entry in read_metrics(tmp_path / name) if "score" in entry)
+    return {key: entry[key] for key in entry.keys() - TIMINGS}, load_file(tmp_path / name / "checkpoint" / "step-00000001" / "weights.safetensors")
+
+
+def test_critic_lr_and_value_coefficient_change_the_critic_alone(tmp_path):
+    """One update, Adam's first: w = lr g / (|g| + eps) from 0. Of r = w / lr, twice the loss makes 2 r / (1 + |r|)."""
+    one_update = ["--ppo-epochs", 1, "--critic-lr"]
+    before, weights = one_rollout(tmp_path, "before", *one_update, 1e-3)
+    r = weights["critic.score.weight"].double() / 1e-3
+    for name, more, expected in (("lr", [2e-3], 2e-3 * r), ("coefficient", [1e-3, "--value-coefficient", 0.2], 1e-3 * 2 * r / (1 + r.abs()))):
+        after, changed = one_rollout(tmp_path, name, *one_update, *more)
+        assert {key for key in before if before[key] != after[key]} == ({"critic_lr"} if name == "lr" else {"loss", "critic_grad_norm"})
+        assert all(torch.equal(weights[key], changed[key]) for key in weights if key.startswith("policy."))
+        torch.testing.assert_close(changed["critic.score.weight"].double(), expected, rtol=1e-4, atol=0)
+        if name == "lr":
+            assert [after["critic_lr"], after["lr"]] == pytest.approx([2e-3, 1e-3])
+        else:
+            assert after["loss"] == pytest.approx(after["policy_loss"] + 0.2 * after["value_loss"], abs=1e-6)
+            assert after["critic_grad_norm"] == pytest.approx(2 * before["critic_grad_norm"], rel=1e-5)
+
+
+def test_clip_holds_both_losses(monkeypatch, tmp_path):
+    """The logged losses of three epochs are the loops with the flag's number, in float64, whatever number the functions got."""
+    calls, policy_loss, value_loss = {"policy": [], "value": []}, ppo.policy_loss, ppo.value_loss
+
+    def spied(kind, function):
+        return lambda *args: calls[kind].append([x.detach().double() for x in args[:3]] + [args[3], args[5]]) or function(*args)
+
+    monkeypatch.setattr(ppo, "policy_loss", spied("policy", policy_loss))
+    monkeypatch.setattr(ppo, "value_loss", spied("value", value_loss))
+    found, _ = one_rollout(tmp_path, "run", "--ppo-epochs", 3, "--clip", 0.03, "--lr", 3e-4, "--critic-lr", 1e-2)
+    policy = value = clipped = 0.0
+    for new, old, advantages, mask, count in calls["policy"]:
+        for x, y, a in zip(*(z[mask].tolist() for z in (new, old, advantages))):
+            ratio = math.exp(x - y)
+            policy -= min(ratio * a, min(max(ratio, 0.97), 1.03) * a) / count / 3
+            clipped += (abs(ratio - 1) > 0.03) / count / 3
+    for new, old, returns, mask, count in calls["value"]:
+        for x, y, z in zip(*(z[mask].tolist() for z in (new, old, returns))):
+            value += 0.5 * max((x - z) ** 2, (y + min(max(x - y, -0.03), 0.03) - z) ** 2) / count / 3
+    assert [found[name] for name in ("policy_loss", "value_loss", "clip_fraction")] == pytest.approx([policy, value, clipped], rel=1e-4, abs=1e-6)
+    assert 0.1 < found["clip_fraction"] < 0.9
+
+
+@pytest.mark.parametrize("flag, stops, goes_on", [("--max-kl", 2.9, 3.1), ("--min-entropy", 0.06, 0.04)])
+def test_where_a_policy_has_gone_astray_is_the_flags_number(flag, stops, goes_on, monkeypatch, tmp_path):
+    """12 nats an answer of 4 tokens are 3 a token; entropy 0.05."""
+    rollout = SimpleNamespace(figures={"kl": 12.0, "response_length": 4.0, "entropy": 0.05})
+    run = SimpleNamespace(step=0, checkpoints=list)
+    ppo.check_health(rollout, run, parse(monkeypatch, *flags(tmp_path, "x", flag, goes_on)))
+    with pytest.raises(common.UserError, match=flag):
+        ppo.check_health(rollout, run, parse(monkeypatch, *flags(tmp_path, "x", flag, stops)))
+
+
+def test_alpha_scales_the_adapters(monkeypatch, tmp_path):
+    """h = W0 x + alpha / r B A x, in float64, of the policy and of the critic; and the folder says so."""
+    args = parse(monkeypatch, *flags(tmp_path, "run", *LORA, "--lora-alpha", 6, "--max-steps", 0))
+    policy = roles_of(args)["policy"]
+    x = torch.randn(3, 128, dtype=torch.float64)
+    for seed, name in enumerate(("policy", "critic")):
+        randomise(policy.model, name, seed=seed)
+        layer = ppo.adapted_layers(policy.model)["model.layers.1.self_attn.k_proj"]
+        layer.on, lora = name, layer.adapters[name]
+        expected = x @ layer.base.weight.double().T + 6 / 4 * x @ lora.lora_A.double().T @ lora.lora_B.double().T
+        torch.testing.assert_close(layer(x.float()).double(), expected, rtol=0, atol=1e-5)
+    ppo.train(args)
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["lora_alpha"] == 6
+
+
 def test_metrics_and_the_table(tmp_path, capsys):
     ppo.main(flags(tmp_path, "run", *LORA, "--eval-fraction", 0.3, "--eval-every", 2, "--samples", 2))
     entries, printed = read_metrics(tmp_path / "run"), capsys.readouterr().out
@@ -620,7 +695,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     ppo.main(flags(tmp_path, "one", *more, "--batch-size", 4))
     one, two = ([e for e in read_metrics(tmp_path / name) if "score" in e] for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        for name in a.keys() - {"tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_gib"}:
+        for name in a.keys() - TIMINGS:
             assert b[name] == pytest.approx(a[name], abs=1e-5 * max(1, abs(a[name]))), name
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-6) for key in a)
