@@ -882,15 +882,17 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
 
 
-def from_hub(auto_class, args, **options):
-    """auto_class.from_pretrained(--model), a folder or a Hub name, with what can go wrong in one line."""
+def from_hub(auto_class, args, name: str | None = None, flag: str = "--model", **options):
+    """auto_class.from_pretrained(a folder or a Hub name), with what can go wrong in one line. Another name than that of --model
+    comes with the flag that gave it."""
+    name = name or args.model
     try:
-        return auto_class.from_pretrained(args.model, trust_remote_code=args.trust_remote_code, **options)
+        return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a broken folder fails in a dozen ways
         first, *more = (str(error) or repr(error)).strip().splitlines()
-        raise UserError(f"--model {args.model}: {first}{more[0] if first.endswith(':') and more else ''}") from error
+        raise UserError(f"{flag} {name}: {first}{more[0] if first.endswith(':') and more else ''}") from error
 
 
 def load_tokenizer(args):
@@ -922,14 +924,15 @@ def load_tokenizer(args):
     return tokenizer, vocab_size
 
 
-def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None, head: str = "lm") -> torch.nn.Module:
+def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None, head: str = "lm",
+               name: str | None = None, flag: str = "--model") -> torch.nn.Module:  # fmt: skip
     """A causal LM that computes in dtype and keeps its weights in weight_dtype (dtype, if not given), on the device, with
     `model.target_logps` bound to it (section 7). What sections 6 and 7 assume of a model is checked here, by trying.
 
     head "score": a sequence classifier with one label in place of the causal LM, and no target_logps. Its head is random
-    where the model on disk has none."""
-    weight_dtype = weight_dtype or dtype
-    if args.model == "random":
+    where the model on disk has none. name and flag as in `from_hub`."""
+    weight_dtype, name = weight_dtype or dtype, name or args.model
+    if name == "random":
         model = tiny_model().to(weight_dtype)
         if head == "score":
             base, model = model, transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**model.config.to_dict() | {"num_labels": 1}))
@@ -938,13 +941,13 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
     else:  # safetensors only: a pickle can run code while it loads
         auto_class = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
         options = {} if head == "lm" else {"num_labels": 1}
-        model, found = from_hub(auto_class, args, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options)
+        model, found = from_hub(auto_class, args, name, flag, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options)
         missing = sorted(name for name in found["missing_keys"] if head == "lm" or not name.startswith("score."))
         if missing:  # transformers would fill them with random numbers
-            raise UserError(f"--model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
+            raise UserError(f"{flag} {name}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
         if found["unexpected_keys"] and head == "lm":
             odd = found["unexpected_keys"]
-            say(f"{args.model}: {len(odd)} tensors in its files are no part of this model, {min(odd)} for one")
+            say(f"{name}: {len(odd)} tensors in its files are no part of this model, {min(odd)} for one")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
@@ -1421,33 +1424,33 @@ def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.
         save_model(where, base, tokenizer)
 
 
-def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """-> (config, tensors) of an adapter folder, ours or PEFT's. Refused if it was trained on another base."""
+def load_adapter(folder: str, model, peft_type: str, flag: str = "--adapter") -> tuple[dict, dict[str, torch.Tensor]]:
+    """-> (config, tensors) of an adapter folder, ours or PEFT's. Refused if it was trained on another base. flag: what named the folder."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise UserError(f"--adapter {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
+        raise UserError(f"{flag} {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
     if not isinstance(config, dict) or config.get("peft_type") != peft_type:
-        raise UserError(f"--adapter {folder}: not a {peft_type} adapter")
+        raise UserError(f"{flag} {folder}: not a {peft_type} adapter")
     if scalars := [name for name, tensor in tensors.items() if tensor.dim() == 0]:
-        raise UserError(f"--adapter {folder}: {scalars[0]} is a single number, and no adapter's tensor")
+        raise UserError(f"{flag} {folder}: {scalars[0]} is a single number, and no adapter's tensor")
     for key in ("r", "lora_alpha") if peft_type == "LORA" else ():
         if type(config.get(key)) not in (int, float) or not 0 < config[key] < 2**20:
-            raise UserError(f"--adapter {folder}: {key} in its adapter_config.json is {config.get(key)!r}")
+            raise UserError(f"{flag} {folder}: {key} in its adapter_config.json is {config.get(key)!r}")
     if "base_fingerprint" not in config:
-        say(f"--adapter {folder} names no base fingerprint: it is taken on trust that it belongs to this model")
+        say(f"{flag} {folder} names no base fingerprint: it is taken on trust that it belongs to this model")
     elif config["base_fingerprint"] != model.base_fingerprint:
-        raise UserError(f"--adapter {folder} was trained on another base than --model: on {config.get('base_model_name_or_path')}")
+        raise UserError(f"{flag} {folder} was trained on another base than this model: on {config.get('base_model_name_or_path')}")
     return config, tensors
 
 
 @torch.no_grad()
-def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], folder: str) -> None:
+def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], folder: str, flag: str = "--adapter") -> None:
     """Copy an adapter's tensors into the model's own, under PEFT's names. Every one must be there, and no other."""
     odd = own.keys() ^ tensors.keys() or {name for name in own if own[name].shape != tensors[name].shape}
     if odd:
-        raise UserError(f"--adapter {folder} does not fit this model: {min(odd)} is missing, too much, or of another shape")
+        raise UserError(f"{flag} {folder} does not fit this model: {min(odd)} is missing, too much, or of another shape")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 

@@ -579,7 +579,7 @@ def test_resuming_with_what_changes_the_mathematics_is_refused_and_named(name, r
 
 @pytest.mark.parametrize("name", TAKES_ADAPTER)
 def test_an_adapter_of_another_base_is_refused_by_its_fingerprint(name, finished, other_base, tmp_path):
-    with pytest.raises(common.UserError, match="trained on another base than --model: on .*run/base"):
+    with pytest.raises(common.UserError, match="trained on another base than this model: on .*run/base"):
         main(name, *flags(name, tmp_path / "run", "--adapter", finished(name), "--model", other_base, "--max-steps", 0))
     assert not (tmp_path / "run").exists()
 
