@@ -199,17 +199,17 @@ def adapter_tensors(model, adapter: str) -> dict[str, nn.Parameter]:
     return tensors
 
 
-def load_adapter(model, adapter: str, folder: str) -> tuple[dict, torch.Tensor | None]:
-    """Put a LoRA folder, ours or PEFT's, on the model -> (its config, its score head (1, d) if it is a reward model)."""
-    config, tensors = common.load_adapter(folder, model, "LORA")
+def load_adapter(model, adapter: str, folder: str, flag: str) -> tuple[dict, torch.Tensor | None]:
+    """Put a LoRA folder, ours or PEFT's, on the model -> (its config, its score head (1, d) if it is a reward model). flag: what named it."""
+    config, tensors = common.load_adapter(folder, model, "LORA", flag)
     unknown = [key for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform") if config.get(key)]
     if unknown or config.get("bias", "none") != "none" or config.get("init_lora_weights") not in (None, True, False, "gaussian"):
-        raise common.UserError(f"{folder} is more than a plain LoRA: {', '.join(unknown) or 'it changes the base as well'}")
+        raise common.UserError(f"{flag} {folder} is more than a plain LoRA: {', '.join(unknown) or 'it changes the base as well'}")
     head = tensors.pop("base_model.model.score.weight", None)
     layers = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     add_adapter(model, adapter, layers, config["r"], scaling)
-    common.fill_adapter(adapter_tensors(model, adapter), tensors, folder)
+    common.fill_adapter(adapter_tensors(model, adapter), tensors, folder, flag)
     return config, head
 
 
@@ -267,16 +267,15 @@ def adapter_config(folder: str | None) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def load_classifier(args, name: str, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype) -> tuple[nn.Module, float]:
+def load_classifier(args, name: str, flag: str, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype) -> tuple[nn.Module, float]:
     """A sequence classifier with one label, and its offset: what reward_model.py wrote, a LoRA merged into its own base."""
     config = adapter_config(name)
-    base = argparse.Namespace(**vars(args) | {"model": config.get("base_model_name_or_path", name)})
-    model = common.load_model(base, dtype, device, weight_dtype, head="score")
+    model = common.load_model(args, dtype, device, weight_dtype, "score", config.get("base_model_name_or_path", name), flag)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise common.UserError(f"{type(model).__name__} has no linear layer `score`, which is the head here")
     offset = getattr(model.config, "reward_offset", 0.0)
     if config:
-        head = load_adapter(model, "reward", name)[1]
+        head = load_adapter(model, "reward", name, flag)[1]
         for path, layer in adapted_layers(model).items():
             lora = layer.adapters["reward"]
             layer.base.weight.data += (lora.scaling * lora.lora_B @ lora.lora_A).to(layer.base.weight.dtype)
@@ -292,7 +291,8 @@ def load_roles(args, folder: str | None, same_tokens: bool, dtype: torch.dtype, 
         policy = common.load_model(args, dtype, device, weight_dtype=torch.float32)
         reference = common.load_model(args, dtype, device)
         roles = {"policy": Role(policy, dtype), "reference": Role(reference, dtype)}
-        critic, offset = load_classifier(args, folder if folder and same_tokens else args.model, dtype, device, torch.float32)  # [8]
+        source = (folder, "--reward") if folder and same_tokens else (args.model, "--model")
+        critic, offset = load_classifier(args, *source, dtype, device, torch.float32)  # [8]
         if not (folder and same_tokens):
             nn.init.zeros_(critic.score.weight)  # a new head: nothing is expected yet
         roles["critic"] = Role(critic, dtype, head=critic.score, offset=offset)
@@ -300,8 +300,8 @@ def load_roles(args, folder: str | None, same_tokens: bool, dtype: torch.dtype, 
     else:
         model = common.load_model(args, dtype, device)
         if args.adapter:  # the policy starts there, and so the reference stays there
-            config, _ = load_adapter(model, "policy", args.adapter)
-            load_adapter(model, "reference", args.adapter)
+            config, _ = load_adapter(model, "policy", args.adapter, "--adapter")
+            load_adapter(model, "reference", args.adapter, "--adapter")
             args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
         else:
             add_adapter(model, "policy", list(common.linear_layers(model, args.targets)), args.rank, args.alpha / args.rank)
@@ -311,8 +311,8 @@ def load_roles(args, folder: str | None, same_tokens: bool, dtype: torch.dtype, 
         roles = {"policy": Role(model, dtype, "policy"), "critic": Role(model, dtype, "critic", head)}
         roles["reference"] = Role(model, dtype, "reference" if args.adapter else None)
         if adapter_config(folder).get("base_fingerprint") == model.base_fingerprint:
-            config, weight = load_adapter(model, "reward", folder)
-            load_adapter(model, "critic", folder)  # [8]
+            config, weight = load_adapter(model, "reward", folder, "--reward")
+            load_adapter(model, "critic", folder, "--reward")  # [8]
             frozen_head = nn.Linear(*reversed(weight.shape), bias=False, device=device)
             roles["reward"] = Role(model, dtype, "reward", frozen_head, config.get("reward_offset", 0.0))
             for role in (roles["reward"], roles["critic"]):
@@ -325,7 +325,7 @@ def load_roles(args, folder: str | None, same_tokens: bool, dtype: torch.dtype, 
             nn.init.zeros_(head.weight)
         trained = {*adapter_tensors(model, "policy").values(), *adapter_tensors(model, "critic").values(), head.weight}
     if folder and "reward" not in roles:
-        model, offset = load_classifier(args, folder, dtype, device, dtype)
+        model, offset = load_classifier(args, folder, "--reward", dtype, device, dtype)
         roles["reward"] = Role(model, dtype, head=model.score, offset=offset)
     for role in roles.values():
         common.disable_dropout(role.model)  # [7]
@@ -605,7 +605,7 @@ def train(args) -> None:
 
     folder = None if ".py:" in args.reward else args.reward
     function = None if folder else load_function(args.reward)
-    reward_tokenizer = tokenizer if folder is None else load_reward_tokenizer(args, folder)
+    reward_tokenizer = tokenizer if folder is None else load_reward_tokenizer(args)
     same_tokens = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
     roles = load_roles(args, folder, same_tokens, dtype, device)
     common.say(memory_table(roles))
@@ -720,17 +720,13 @@ def check_ratio(logps, old_logps, exact: bool) -> None:
                                "the same twice (dropout, or random kernels)")  # fmt: skip
 
 
-def load_reward_tokenizer(args, folder: str):
-    """Of a folder that holds a reward model, full or LoRA; else an error."""
-    there = argparse.Namespace(**vars(args) | {"model": folder})
-    try:
-        lora = adapter_config(folder)
-        kinds = [lora.get("task_type")] if lora else common.from_hub(transformers.AutoConfig, there).architectures or []
-        if not any(kind == "SEQ_CLS" or "SequenceClassification" in kind for kind in map(str, kinds)):
-            raise common.UserError(f"--model {folder}: no reward model: neither a sequence classifier nor a SEQ_CLS LoRA")
-        return common.from_hub(transformers.AutoTokenizer, there)
-    except common.UserError as error:
-        raise common.UserError(str(error).replace("--model", "--reward", 1))
+def load_reward_tokenizer(args):
+    """Of the folder of --reward, which must hold a reward model, full or LoRA."""
+    lora = adapter_config(args.reward)
+    kinds = [lora.get("task_type")] if lora else common.from_hub(transformers.AutoConfig, args, args.reward, "--reward").architectures or []
+    if not any(kind == "SEQ_CLS" or "SequenceClassification" in kind for kind in map(str, kinds)):
+        raise common.UserError(f"--reward {args.reward}: no reward model: neither a sequence classifier nor a SEQ_CLS LoRA")
+    return common.from_hub(transformers.AutoTokenizer, args, args.reward, "--reward")
 
 
 def save_policy(args, model, tokenizer) -> None:
