@@ -69,13 +69,14 @@ Measured: `python ppo.py`, over three seeds: README, Results.
     torchrun --nproc-per-node 8 ppo.py --model SFT --data prompts.jsonl --reward runs/reward --lora-rank 16
 """
 
-import argparse
+import copy
 import importlib.util
 import json
 import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,12 @@ def value_loss(values, old_values, returns, mask, clip: float, count: int | None
     return 0.5 * (torch.max((values - returns) ** 2, (clipped - returns) ** 2) * mask).sum() / (count or mask.sum())
 
 
+def explained_variance(values, returns, mask) -> float:
+    """1 - Var(returns - values) / Var(returns): of all that returns differ by, the share that the critic foresaw."""
+    variance = masked_moments(returns, mask)[1]
+    return 1 - masked_moments(returns - values, mask)[1] / variance if variance else 0.0
+
+
 def kl_estimates(logps, reference_logps, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """[10] Of KL(policy, reference) at sampled tokens: k1 = -log r and k3 = r - 1 - log r with r = p_ref / p. All (B, T), nats."""
     log_r = (reference_logps - logps) * mask
@@ -154,9 +161,9 @@ def adapted_kl_coefficient(beta: float, kl: float, target: float, answers: int, 
 class LoRA(nn.Module):
     """What one adapter adds in one layer, s B A x (lora.py explains it). x (..., in) -> (..., out)."""
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, rslora: bool):
         super().__init__()
-        self.scaling = scaling
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -180,13 +187,13 @@ def adapted_layers(model) -> dict[str, AdaptedLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
 
 
-def add_adapter(model, adapter: str, layers: list[str], rank: int, scaling: float) -> None:
+def add_adapter(model, adapter: str, layers: list[str], rank: int, alpha: float, rslora: bool) -> None:
     for name in layers:
         layer = model.get_submodule(name)
         if not isinstance(layer, AdaptedLinear):
             layer = AdaptedLinear(layer)
             model.set_submodule(name, layer)
-        layer.adapters[adapter] = LoRA(layer.base, rank, scaling)
+        layer.adapters[adapter] = LoRA(layer.base, rank, alpha, rslora)
 
 
 def adapter_tensors(model, adapter: str) -> dict[str, nn.Parameter]:
@@ -207,10 +214,25 @@ def load_adapter(model, adapter: str, folder: str, flag: str) -> tuple[dict, tor
         raise common.UserError(f"{flag} {folder} is more than a plain LoRA: {', '.join(unknown) or 'it changes the base as well'}")
     head = tensors.pop("base_model.model.score.weight", None)
     layers = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    add_adapter(model, adapter, layers, config["r"], scaling)
+    add_adapter(model, adapter, layers, config["r"], config["lora_alpha"], config.get("use_rslora", False))
     common.fill_adapter(adapter_tensors(model, adapter), tensors, folder, flag)
     return config, head
+
+
+def adapter_config(folder: str) -> dict:
+    """adapter_config.json of a LoRA folder; {} of anything else."""
+    path = Path(folder) / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def save_policy(args, model, tokenizer) -> None:
+    """The policy's adapter in PEFT's form."""
+    config = {
+        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": 0.0,
+        "target_modules": common.short_names(model, list(adapted_layers(model))), "bias": "none",
+        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model, "policy"))
 
 
 # ----------------------------------------------------------------------------------------------------- The four models
@@ -261,90 +283,93 @@ class Role:
         return own + ([] if self.head is None or any(p is self.head.weight for p in own) else [self.head.weight])
 
 
-def adapter_config(folder: str | None) -> dict:
-    """adapter_config.json of a LoRA folder; {} of anything else."""
-    path = Path(folder or "") / "adapter_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def load_roles(args, reward: str | None, same_tokens: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
+    """policy, reference and critic; and the reward model, if it is a folder. [8] The critic starts from that, where it can:
+    same_tokens says that it reads the policy's tokens."""
+    if args.rank or args.adapter:
+        roles = load_shared(args, reward, dtype, device)
+    else:
+        roles = load_separate(args, reward if same_tokens else None, dtype, device)
+    if reward and "reward" not in roles:
+        roles["reward"] = load_classifier(args, reward, "--reward", dtype, device, dtype)
+    for role in roles.values():
+        common.disable_dropout(role.model)  # [7]
+    for p, users in parameter_users(roles).items():
+        p.requires_grad_(users in (["policy"], ["critic"]))  # all that is theirs alone
+    return roles
 
 
-def load_classifier(args, name: str, flag: str, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype) -> tuple[nn.Module, float]:
-    """A sequence classifier with one label, and its offset: what reward_model.py wrote, a LoRA merged into its own base."""
+def load_separate(args, reward: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
+    """A model each. The two that train have float32 masters."""
+    roles = {"policy": Role(common.load_model(args, dtype, device, weight_dtype=torch.float32), dtype)}
+    roles["reference"] = Role(common.load_model(args, dtype, device), dtype)
+    source = (reward, "--reward") if reward else (args.model, "--model")
+    roles["critic"] = load_classifier(args, *source, dtype, device, weight_dtype=torch.float32)
+    if not reward:
+        nn.init.zeros_(roles["critic"].head.weight)  # a new head: nothing is expected yet
+    return roles
+
+
+def load_shared(args, reward: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
+    """Adapters on one base; the reward model's, too, if it is a LoRA on that."""
+    model = common.load_model(args, dtype, device)
+    if args.adapter:  # the policy starts there, and so the reference stays there
+        config, _ = load_adapter(model, "policy", args.adapter, "--adapter")
+        load_adapter(model, "reference", args.adapter, "--adapter")
+        args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
+    else:
+        add_adapter(model, "policy", list(common.linear_layers(model, args.targets)), args.rank, args.alpha, args.rslora)
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=device)
+    roles = {"policy": Role(model, dtype, "policy"), "critic": Role(model, dtype, "critic", head)}
+    roles["reference"] = Role(model, dtype, "reference" if args.adapter else None)
+    if reward and adapter_config(reward).get("base_fingerprint") == model.base_fingerprint:
+        config, weight = load_adapter(model, "critic", reward, "--reward")
+        load_adapter(model, "reward", reward, "--reward")
+        head.weight.data.copy_(weight)
+        roles["critic"].offset = config.get("reward_offset", 0.0)
+        roles["reward"] = Role(model, dtype, "reward", copy.deepcopy(head), roles["critic"].offset)
+    else:
+        common.say("the critic starts as a new adapter with a head of zeros: no reward model is a LoRA on this base")
+        add_adapter(model, "critic", list(adapted_layers(model)), args.rank, args.alpha, args.rslora)
+        nn.init.zeros_(head.weight)
+    return roles
+
+
+def load_classifier(args, name: str, flag: str, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype) -> Role:
+    """A sequence classifier with one label: what reward_model.py wrote, a LoRA merged into its own base, or a model that gets a head."""
     config = adapter_config(name)
     model = common.load_model(args, dtype, device, weight_dtype, "score", config.get("base_model_name_or_path", name), flag)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise common.UserError(f"{type(model).__name__} has no linear layer `score`, which is the head here")
     offset = getattr(model.config, "reward_offset", 0.0)
     if config:
-        head = load_adapter(model, "reward", name, flag)[1]
+        _, head = load_adapter(model, "reward", name, flag)
         for path, layer in adapted_layers(model).items():
             lora = layer.adapters["reward"]
             layer.base.weight.data += (lora.scaling * lora.lora_B @ lora.lora_A).to(layer.base.weight.dtype)
             model.set_submodule(path, layer.base)
         model.score.weight.data.copy_(head)
         offset = config.get("reward_offset", 0.0)
-    return model, offset
+    return Role(model, dtype, head=model.score, offset=offset)
 
 
-def load_roles(args, folder: str | None, same_tokens: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
-    """policy, reference, critic, and reward if a folder gives it. same_tokens: the critic can read as the reward model does."""
-    if not (args.rank or args.adapter):  # a model each; the two that train have float32 masters
-        policy = common.load_model(args, dtype, device, weight_dtype=torch.float32)
-        reference = common.load_model(args, dtype, device)
-        roles = {"policy": Role(policy, dtype), "reference": Role(reference, dtype)}
-        source = (folder, "--reward") if folder and same_tokens else (args.model, "--model")
-        critic, offset = load_classifier(args, *source, dtype, device, torch.float32)  # [8]
-        if not (folder and same_tokens):
-            nn.init.zeros_(critic.score.weight)  # a new head: nothing is expected yet
-        roles["critic"] = Role(critic, dtype, head=critic.score, offset=offset)
-        trained = {*policy.parameters(), *critic.parameters()}
-    else:
-        model = common.load_model(args, dtype, device)
-        if args.adapter:  # the policy starts there, and so the reference stays there
-            config, _ = load_adapter(model, "policy", args.adapter, "--adapter")
-            load_adapter(model, "reference", args.adapter, "--adapter")
-            args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
-        else:
-            add_adapter(model, "policy", list(common.linear_layers(model, args.targets)), args.rank, args.alpha / args.rank)
-        layers = list(adapted_layers(model))
-        args.target_modules = common.short_names(model, layers)
-        head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=device)
-        roles = {"policy": Role(model, dtype, "policy"), "critic": Role(model, dtype, "critic", head)}
-        roles["reference"] = Role(model, dtype, "reference" if args.adapter else None)
-        if adapter_config(folder).get("base_fingerprint") == model.base_fingerprint:
-            config, weight = load_adapter(model, "reward", folder, "--reward")
-            load_adapter(model, "critic", folder, "--reward")  # [8]
-            frozen_head = nn.Linear(*reversed(weight.shape), bias=False, device=device)
-            roles["reward"] = Role(model, dtype, "reward", frozen_head, config.get("reward_offset", 0.0))
-            for role in (roles["reward"], roles["critic"]):
-                role.head.weight.data.copy_(weight)
-                role.offset = roles["reward"].offset
-        else:
-            common.say("the critic starts as a new adapter with a head of zeros: no reward model is a LoRA on this base")
-            scaling = args.alpha / (math.sqrt(args.rank) if args.rslora else args.rank)
-            add_adapter(model, "critic", layers, args.rank, scaling)
-            nn.init.zeros_(head.weight)
-        trained = {*adapter_tensors(model, "policy").values(), *adapter_tensors(model, "critic").values(), head.weight}
-    if folder and "reward" not in roles:
-        model, offset = load_classifier(args, folder, "--reward", dtype, device, dtype)
-        roles["reward"] = Role(model, dtype, head=model.score, offset=offset)
-    for role in roles.values():
-        common.disable_dropout(role.model)  # [7]
-        for p in role.parameters():
-            p.requires_grad_(p in trained)
-    return roles
-
-
-def memory_table(roles: dict[str, Role]) -> str:
-    """Who shares which parameters, how many of them train, and what they take."""
+def parameter_users(roles: dict[str, Role]) -> dict[nn.Parameter, list[str]]:
     users = {}
     for name, role in roles.items():
         for p in role.parameters():
             users.setdefault(p, []).append(name)
+    return users
+
+
+def memory_table(roles: dict[str, Role]) -> str:
+    """Who shares which parameters, how many of them train, and what they take."""
+    groups = {}
+    for p, users in parameter_users(roles).items():
+        groups.setdefault(" + ".join(users), []).append(p)
     lines = [f"{'in memory for':42} {'parameters':>15} {'trained':>15} {'GiB':>8}"]
-    for names in dict.fromkeys(map(tuple, users.values())):
-        shared = [p for p in users if tuple(users[p]) == names]
-        numbers = sum(p.numel() for p in shared), sum(p.numel() for p in shared if p.requires_grad), sum(p.nbytes for p in shared) / 2**30
-        lines.append("{:42} {:15,} {:15,} {:8.3f}".format(" + ".join(names), *numbers))
+    for users, shared in groups.items():
+        trained, gib = sum(p.numel() for p in shared if p.requires_grad), sum(p.nbytes for p in shared) / 2**30
+        lines.append(f"{users:42} {sum(p.numel() for p in shared):15,} {trained:15,} {gib:8.3f}")
     return "\n".join(lines)
 
 
@@ -381,14 +406,23 @@ def function_scores(function, spec: str, conversations: list[list[dict]], answer
     return scores
 
 
+def load_reward_tokenizer(args):
+    """Of the folder of --reward, which must hold a reward model, full or LoRA."""
+    lora = adapter_config(args.reward)
+    kinds = [lora.get("task_type")] if lora else common.from_hub(transformers.AutoConfig, args, args.reward, "--reward").architectures or []
+    if not any(kind == "SEQ_CLS" or "SequenceClassification" in kind for kind in map(str, kinds)):
+        raise common.UserError(f"--reward {args.reward}: no reward model: neither a sequence classifier nor a SEQ_CLS LoRA")
+    return common.from_hub(transformers.AutoTokenizer, args, args.reward, "--reward")
+
+
 @torch.no_grad()
-def model_scores(reward: Role, tokenizer, args, conversations: list[list[dict]], answers: list[str]) -> list[float]:
+def model_scores(reward: Role, tokenizer, args, conversations: list[list[dict]], answers: list[str], references=None) -> list[float]:
     """The reward model's score at the last token of each conversation, written with its own tokenizer and chat template."""
     joined = args.template == "none" or not tokenizer.chat_template
     turns = [{"role": "assistant", "content": answer} for answer in answers]
     documents = [common.encode_answers(tokenizer, conversation, [turn], joined)[0][0] for conversation, turn in zip(conversations, turns)]
-    scores, order = [0.0] * len(documents), sorted(range(len(documents)), key=lambda i: len(documents[i]))
-    for rows in (order[i : i + args.rollout_batch_size] for i in range(0, len(order), args.rollout_batch_size)):
+    scores = [0.0] * len(documents)
+    for rows in batches_of_like_length(list(map(len, documents)), args.rollout_batch_size):
         ids, mask = padded([documents[i] for i in rows], 0, reward.head.weight.device)
         last = torch.arange(len(rows), device=ids.device) * ids.shape[1] + mask.sum(1) - 1
         with reward.on_stage():
@@ -412,6 +446,12 @@ def unfinished_score(setting: str | float, own: dict, scores: list[float], ended
 
 
 # ------------------------------------------------------------------------------------------------------------ Rollouts
+
+
+def batches_of_like_length(lengths: list[int], size: int) -> list[list[int]]:
+    """Numbers of rows, the shortest first, `size` in each batch."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def padded(rows: list[list[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -485,17 +525,6 @@ def gathered(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-@torch.no_grad()
-def over_micro_batches(role: Role, compute, micro_batches, mask) -> torch.Tensor:
-    """compute(batch) -> (N,), for all micro-batches of a rollout: (n, T)."""
-    result = torch.zeros(mask.shape, device=mask.device)
-    for rows, batch, _ in micro_batches:
-        if batch is not None:
-            with role.on_stage():
-                result[rows] = as_rows(compute(batch), mask[rows])
-    return result
-
-
 @dataclass
 class Rollout:
     """A step's answers. n rows are this rank's, micro-batch after micro-batch; T is the longest answer of all ranks."""
@@ -504,7 +533,7 @@ class Rollout:
     logps: torch.Tensor  # (n, T)
     reference_logps: torch.Tensor  # (n, T)
     scores: torch.Tensor  # (n,)
-    micro_batches: list[tuple[slice, dict | None, int]]  # rows, inputs of `target_logps`, answer tokens over all ranks
+    micro_batches: list[tuple]  # see `deal`
     rows: int  # of all ranks
     tokens: int  # prompts and answers of all ranks
     figures: dict[str, float]
@@ -515,64 +544,79 @@ class Rollout:
 def collect(args, roles: dict[str, Role], tokenizer, scorer, own: dict, stop: list[int], corpus, documents: list[int], stream: list[int]) -> Rollout:
     """Answer, score, and compute what the updates need. own: numbers that the run keeps, see `unfinished_score`. stream: numbers that
     make these samples other than those of another step."""
-    started, device, ranks, rank, pad_id = time.perf_counter(), corpus.device, common.world_size(), common.rank(), corpus.pad_id
+    started = time.perf_counter()
     prompts = [corpus.table[document]["input_ids"][: corpus.lengths[document]].tolist() for document in documents]
-    # like lengths together; each rank answers every so many batches
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    batches = [order[i : i + args.rollout_batch_size] for i in range(0, len(order), args.rollout_batch_size)]
-    answers = []
-    for batch in batches[rank::ranks]:
-        uniforms = np.stack([np.random.default_rng([args.seed, *stream, i]).random(args.response_length) for i in batch])
-        written = sample(roles["policy"], [prompts[i] for i in batch], torch.from_numpy(uniforms).to(device), stop, args.temperature, pad_id)
-        answers += [Answer(i, *one) for i, one in zip(batch, written)]
-    answers = gathered(answers)
-
-    # micro-batches of like length, each with --batch-size rows for every rank; mine: this rank's rows, all of them one after another
-    answers.sort(key=lambda answer: (len(prompts[answer.number]) + len(answer.tokens), answer.number))
-    size, mine, micro_batches = args.batch_size, [], []
-    for group in (answers[i : i + size * ranks] for i in range(0, len(answers), size * ranks)):
-        part = group[rank * size : (rank + 1) * size]
-        batch = collate([prompts[a.number] for a in part], [a.tokens for a in part], pad_id, device) if part else None
-        micro_batches.append((slice(len(mine), len(mine) + len(part)), batch, sum(len(a.tokens) for a in group)))
-        mine += part
-    longest = max(len(a.tokens) for a in answers)
-    mask = (torch.arange(longest) < torch.tensor([[len(a.tokens)] for a in mine]).view(-1, 1)).to(device)  # (n, T)
+    answers = write_answers(args, roles["policy"], prompts, stop, corpus, stream)
+    mine, micro_batches = deal(args.batch_size, prompts, answers, corpus)
+    mask = torch.arange(max(len(a.tokens) for a in answers)) < torch.tensor([len(a.tokens) for a in mine])[:, None]
+    mask = mask.to(corpus.device)  # (n, T)
 
     conversations = [json.loads(str(corpus.table[documents[a.number]]["conversation"])) for a in mine]
     references = [c.pop()["content"] if c[-1]["role"] == "assistant" else None for c in conversations]
     texts = [tokenizer.decode(a.tokens, skip_special_tokens=True) for a in mine]
-    ended = torch.tensor([a.tokens[-1] in stop for a in mine], dtype=torch.bool)
-    try:
-        scores, trouble = scorer(conversations, texts, references) if mine else [], None
-    except common.UserError as error:  # perhaps on this rank alone: all must stop
-        scores, trouble = [], str(error)
-    if any(troubles := gathered([trouble])):
-        raise common.UserError(next(filter(None, troubles)))
-    if (unfinished := unfinished_score(args.unfinished_score, own, scores, ended.tolist())) is not None:
-        scores = [score if end else unfinished for score, end in zip(scores, ended.tolist())]
+    scores, ended = scores_or_error(scorer, conversations, texts, references), [a.tokens[-1] in stop for a in mine]
+    if (unfinished := unfinished_score(args.unfinished_score, own, scores, ended)) is not None:  # [2]
+        scores = [score if end else unfinished for score, end in zip(scores, ended)]
 
     logps = over_micro_batches(roles["policy"], lambda batch: roles["policy"].logps(batch, args.temperature), micro_batches, mask)  # [3]
     reference_logps = over_micro_batches(roles["reference"], lambda batch: roles["reference"].logps(batch, args.temperature), micro_batches, mask)
-
-    sampled = as_rows(torch.tensor([logp for a in mine for logp in a.logps], device=device), mask)
     k1, k3 = kl_estimates(logps, reference_logps, mask)
-    response_tokens, n = sum(len(a.tokens) for a in answers), len(answers)
-    figures = {  # [10]
-        "score": common.over_ranks(sum(scores)) / n,
-        "kl": common.over_ranks(k1.sum().item()) / n,
-        "kl_k3": common.over_ranks(k3.sum().item()) / n,
-        "response_length": response_tokens / n,
-        "eos_rate": common.over_ranks(ended.sum().item()) / n,
-        "entropy": sum(sum(a.entropies) for a in answers) / response_tokens,
-        "sampling_error": common.over_ranks((sampled - logps).abs().sum().item()) / response_tokens,
-        "rollout_tokens_per_second": response_tokens / (time.perf_counter() - started),
-    }
+    sampled = as_rows(torch.tensor([logp for a in mine for logp in a.logps], device=mask.device), mask)
+    response_tokens = sum(tokens for _, _, tokens in micro_batches)
+    per_answer = {"score": sum(scores), "kl": k1.sum().item(), "kl_k3": k3.sum().item(), "response_length": mask.sum().item(), "eos_rate": sum(ended)}
+    per_token = {"entropy": sum(sum(a.entropies) for a in mine), "sampling_error": (sampled - logps).abs().sum().item()}
+    figures = {name: common.over_ranks(value) / len(answers) for name, value in per_answer.items()}  # [10]
+    figures |= {name: common.over_ranks(value) / response_tokens for name, value in per_token.items()}
+    figures["rollout_tokens_per_second"] = response_tokens / (time.perf_counter() - started)
     table = [(a.number, score, conversation[-1]["content"], text) for a, score, conversation, text in zip(mine, scores, conversations, texts)]
     tokens = response_tokens + sum(map(len, prompts))
-    return Rollout(mask, logps, reference_logps, torch.tensor(scores, device=device), micro_batches, n, tokens, figures, table)
+    return Rollout(mask, logps, reference_logps, torch.tensor(scores, device=mask.device), micro_batches, len(answers), tokens, figures, table)
 
 
-# ------------------------------------------------------------------------------------------------------------ Training
+def write_answers(args, policy: Role, prompts: list[list[int]], stop: list[int], corpus, stream: list[int]) -> list[Answer]:
+    """One to each prompt, in their order, on every rank; each rank has written every so many batches."""
+    answers = []
+    for batch in batches_of_like_length(list(map(len, prompts)), args.rollout_batch_size)[common.rank() :: common.world_size()]:
+        uniforms = np.stack([np.random.default_rng([args.seed, *stream, i]).random(args.response_length) for i in batch])
+        uniforms = torch.from_numpy(uniforms).to(corpus.device)
+        written = sample(policy, [prompts[i] for i in batch], uniforms, stop, args.temperature, corpus.pad_id)
+        answers += [Answer(i, *one) for i, one in zip(batch, written)]
+    return sorted(gathered(answers), key=lambda answer: answer.number)
+
+
+def deal(size: int, prompts: list[list[int]], answers: list[Answer], corpus) -> tuple[list[Answer], list[tuple]]:
+    """-> (this rank's answers in a new order, micro-batches of like length). A micro-batch: the `size` rows of that order that it has,
+    what `collate` makes of them (None if no answer is left for this rank), and its answer tokens over all ranks."""
+    mine, micro_batches, first = [], [], common.rank() * size
+    for group in batches_of_like_length([len(prompts[a.number]) + len(a.tokens) for a in answers], size * common.world_size()):
+        part = [answers[i] for i in group[first : first + size]]
+        batch = collate([prompts[a.number] for a in part], [a.tokens for a in part], corpus.pad_id, corpus.device) if part else None
+        micro_batches.append((slice(len(mine), len(mine) + len(part)), batch, sum(len(answers[i].tokens) for i in group)))
+        mine += part
+    return mine, micro_batches
+
+
+def scores_or_error(scorer, conversations: list[list[dict]], answers: list[str], references: list[str | None]) -> list[float]:
+    """What the scorer says. Its error, perhaps on one rank alone, stops all."""
+    scores, trouble = [], None
+    try:
+        scores = scorer(conversations, answers, references) if answers else []
+    except common.UserError as error:
+        trouble = str(error)
+    if any(troubles := gathered([trouble])):
+        raise common.UserError(next(filter(None, troubles)))
+    return scores
+
+
+@torch.no_grad()
+def over_micro_batches(role: Role, compute, micro_batches: list[tuple], mask) -> torch.Tensor:
+    """compute(batch) -> (N,), for all micro-batches of a rollout: (n, T)."""
+    result = torch.zeros(mask.shape, device=mask.device)
+    for rows, batch, _ in micro_batches:
+        if batch is not None:
+            with role.on_stage():
+                result[rows] = as_rows(compute(batch), mask[rows])
+    return result
 
 
 def check_health(rollout: Rollout, run, args) -> None:
@@ -589,6 +633,9 @@ def check_health(rollout: Rollout, run, args) -> None:
         raise common.UserError(f"step {run.step + 1}: {trouble}; {good}. Try a lower --lr or a higher --kl-coefficient")
 
 
+# ------------------------------------------------------------------------------------------------------------ Training
+
+
 def train(args) -> None:
     device, dtype = common.setup(args)
     lora = bool(args.rank or args.adapter)
@@ -597,74 +644,71 @@ def train(args) -> None:
     if args.response_length >= args.max_length:
         raise common.UserError(f"--response-length {args.response_length} leaves no room for a prompt in --max-length {args.max_length}")
     tokenizer, vocab_size = common.load_tokenizer(args)
-    prompt_args = argparse.Namespace(**vars(args) | {"max_length": args.max_length - args.response_length})
+    prompt_args, critic_args = copy.copy(args), copy.copy(args)
+    prompt_args.max_length, critic_args.lr = args.max_length - args.response_length, args.critic_lr
     corpus, evaluation = common.load_data(prompt_args, tokenizer, vocab_size, device, kind="prompts")
     if args.inspect:
         return corpus.show(tokenizer)
     corpus.rows_per_step *= args.minibatches  # a step is a rollout
 
-    folder = None if ".py:" in args.reward else args.reward
-    function = None if folder else load_function(args.reward)
-    reward_tokenizer = tokenizer if folder is None else load_reward_tokenizer(args)
-    same_tokens = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
-    roles = load_roles(args, folder, same_tokens, dtype, device)
+    if ".py:" in args.reward:
+        scorer = partial(function_scores, load_function(args.reward), args.reward)
+        roles = load_roles(args, None, True, dtype, device)
+    else:
+        reward_tokenizer = load_reward_tokenizer(args)
+        same_tokens = tokenizer.get_vocab().items() <= reward_tokenizer.get_vocab().items()
+        roles = load_roles(args, args.reward, same_tokens, dtype, device)
+        scorer = partial(model_scores, roles["reward"], reward_tokenizer, args)
     common.say(memory_table(roles))
-
-    def scorer(conversations, answers, references):
-        if function:
-            return function_scores(function, args.reward, conversations, answers, references)
-        return model_scores(roles["reward"], reward_tokenizer, args, conversations, answers)
-
     policy, critic = roles["policy"], roles["critic"]
-    trained = nn.ModuleDict({"policy": policy.model, "critic": critic.head if lora else critic.model})
-    trained.base_fingerprint = policy.model.base_fingerprint
     for model in {policy.model, critic.model}:
         common.checkpoint_blocks(model, args)
     stop, plan = common.stop_ids(policy.model, tokenizer), corpus.plan()
 
     def rollout_of(step: int) -> Rollout:
         epoch, first = plan[min(step, len(plan) - 1)]  # behind the last step, its prompts once more
-        documents = [document for row in corpus.rows(epoch)[first : first + corpus.rows_per_step] for document in row]
-        rollout = collect(args, roles, tokenizer, scorer, run.own, stop, corpus, documents, [0, step])
+        rows = corpus.rows(epoch)[first : first + corpus.rows_per_step]
+        rollout = collect(args, roles, tokenizer, scorer, run.own, stop, corpus, [document for (document,) in rows], [0, step])
         check_health(rollout, run, args)
         return rollout
 
     def measure() -> dict[str, float]:
         """The same draws at every evaluation. Prints a table of answers."""
-        documents = [document for row in evaluation.rows() for document in row]
+        documents = [document for (document,) in evaluation.rows()]
         rollout = collect(args, roles, tokenizer, scorer, run.own, stop, evaluation, documents, [1])
         rows = sorted(gathered(rollout.table))[: args.samples]
         lines = [f"{score:9.3f} | {prompt[-50:]!r:52} | {answer[:100]!r}" for _, score, prompt, answer in rows]
         common.say("\n".join([f"{'score':>9} | {'held-out prompt':52} | answer", *lines] if lines else []))
         return {name: value for name, value in rollout.figures.items() if name != "rollout_tokens_per_second"}
 
+    trained = nn.ModuleDict({"policy": policy.model, "critic": critic.head if lora else critic.model})
+    trained.base_fingerprint = policy.model.base_fingerprint
     weights = [[p for p in role.parameters() if p.requires_grad] for role in (policy, critic)]
     optimizers = [torch.optim.Adam(parameters, lr=0.0, eps=1e-5, fused=True) for parameters in weights]  # [7]
     run = common.Run(args, trained, tokenizer, optimizers, corpus, evaluation, measure, show=list)
     run.begin()
-    beta = run.own.setdefault("kl_coefficient", args.kl_coefficient)
+    run.own.setdefault("kl_coefficient", args.kl_coefficient)
     rollout = rollout_of(run.step) if run.step < run.total_steps else None
 
     for step in range(run.step, run.total_steps):
-        started, mask, micro_batches = time.perf_counter(), rollout.mask, rollout.micro_batches
-        rates = [common.learning_rate(step, run.total_steps, argparse.Namespace(**vars(args) | {"lr": lr})) for lr in (args.lr, args.critic_lr)]
+        started, mask, beta = time.perf_counter(), rollout.mask, run.own["kl_coefficient"]
+        rates = [common.learning_rate(step, run.total_steps, schedule) for schedule in (args, critic_args)]
         for optimizer, rate in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = rate
 
-        old_values = over_micro_batches(critic, lambda batch: critic.values(**batch), micro_batches, mask)
+        old_values = over_micro_batches(critic, lambda batch: critic.values(**batch), rollout.micro_batches, mask)
         rewards = token_rewards(rollout.logps, rollout.reference_logps, rollout.scores, mask, beta)
-        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
-        unexplained, variance = masked_moments(returns - old_values, mask)[1], masked_moments(returns, mask)[1]
-        advantages = whiten(advantages, mask)
+        raw_advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        advantages = whiten(raw_advantages, mask)
 
         sums, updates = torch.zeros(3, device=device), 0
         for ppo_epoch in range(args.ppo_epochs):
-            order = np.random.default_rng([args.seed, 2, step, ppo_epoch]).permutation(len(micro_batches))  # [7]
-            for minibatch in (order[i : i + args.grad_accum] for i in range(0, len(order), args.grad_accum)):
-                minibatch = [micro_batches[i] for i in minibatch]
+            order = np.random.default_rng([args.seed, 2, step, ppo_epoch]).permutation(len(rollout.micro_batches))  # [7]
+            for first in range(0, len(order), args.grad_accum):
+                minibatch = [rollout.micro_batches[i] for i in order[first : first + args.grad_accum]]
                 count = sum(tokens for _, _, tokens in minibatch)
                 for rows, batch, _ in minibatch:
-                    if batch is None:  # too few answers for all ranks
+                    if batch is None:
                         continue
                     with policy.on_stage():
                         logps = as_rows(policy.logps(batch, args.temperature), mask[rows])
@@ -685,23 +729,22 @@ def train(args) -> None:
                     optimizer.step()
                     optimizer.zero_grad()
                 updates += 1
-        policy_sum, value_sum, clipped_sum = sums / updates
-        seconds, tokens = time.perf_counter() - started, rollout.tokens
+        losses = dict(zip(("policy_loss", "value_loss", "clip_fraction"), sums / updates))
+        losses = {"loss": losses["policy_loss"] + args.value_coefficient * losses["value_loss"]} | losses
+        seconds = time.perf_counter() - started
 
         figures = rollout.figures | {
             "reward": common.over_ranks(rewards.sum().item()) / rollout.rows, "kl_coefficient": beta, "critic_lr": rates[1],
-            "explained_variance": 1 - unexplained / variance if variance else 0.0, "critic_grad_norm": norms[1].item(),
-            "update_tokens_per_second": tokens * args.ppo_epochs / seconds,
+            "explained_variance": explained_variance(old_values, returns, mask), "critic_grad_norm": norms[1].item(),
+            "update_tokens_per_second": rollout.tokens * args.ppo_epochs / seconds,
         }  # fmt: skip
         if args.kl_target:  # [8]
-            beta = run.own["kl_coefficient"] = adapted_kl_coefficient(beta, figures["kl"], args.kl_target, rollout.rows, args.kl_horizon)
-        rollout = rollout_of(step + 1)  # before end_step, which may save: what the policy has become shows in its samples
-        sums = {"loss": policy_sum + args.value_coefficient * value_sum}
-        sums |= {"policy_loss": policy_sum, "value_loss": value_sum, "clip_fraction": clipped_sum}
-        sums |= {name: torch.tensor(value / common.world_size(), device=device) for name, value in figures.items()}
+            run.own["kl_coefficient"] = adapted_kl_coefficient(beta, figures["kl"], args.kl_target, rollout.rows, args.kl_horizon)
+        tokens, rollout = rollout.tokens, rollout_of(step + 1)  # before end_step, which may save: samples show what the policy has become
+        figures = {name: torch.tensor(value / common.world_size(), device=device) for name, value in figures.items()}  # end_step sums over ranks
         epoch, first = plan[step]
         epoch += min(1.0, (first + corpus.rows_per_step) / len(corpus.rows(epoch)))
-        run.end_step(epoch, sums, tokens, 1, rates[0], norms[0])
+        run.end_step(epoch, losses | figures, tokens, 1, rates[0], norms[0])
 
     run.show_samples()
     if lora:
@@ -718,25 +761,6 @@ def check_ratio(logps, old_logps, exact: bool) -> None:
     if off > (1e-4 if exact else 0.05):
         raise common.UserError(f"the first update finds other log-probabilities than the rollout, by {off:.3g} nats: this model does not compute "
                                "the same twice (dropout, or random kernels)")  # fmt: skip
-
-
-def load_reward_tokenizer(args):
-    """Of the folder of --reward, which must hold a reward model, full or LoRA."""
-    lora = adapter_config(args.reward)
-    kinds = [lora.get("task_type")] if lora else common.from_hub(transformers.AutoConfig, args, args.reward, "--reward").architectures or []
-    if not any(kind == "SEQ_CLS" or "SequenceClassification" in kind for kind in map(str, kinds)):
-        raise common.UserError(f"--reward {args.reward}: no reward model: neither a sequence classifier nor a SEQ_CLS LoRA")
-    return common.from_hub(transformers.AutoTokenizer, args, args.reward, "--reward")
-
-
-def save_policy(args, model, tokenizer) -> None:
-    """The policy's adapter in PEFT's form."""
-    config = {
-        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": 0.0,
-        "target_modules": args.target_modules, "bias": "none",
-        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-    }  # fmt: skip
-    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model, "policy"))
 
 
 def score_or_word(text: str) -> str | float:
