@@ -1,7 +1,9 @@
 """PPO, the third stage of RLHF: sample answers, score them, and make likelier what turned out better than the critic expected.
 
 Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.06347); for language models Ziegler et al. 2019 (arXiv
-1909.08593) and Ouyang et al. 2022 (arXiv 2203.02155), section 3.5. An answer y_1 .. y_T to a prompt is an episode:
+1909.08593) and Ouyang et al. 2022 (arXiv 2203.02155), section 3.5. The policy is the language model that is trained; the critic, a
+second one with a head that gives a number, foresees at each token the reward still to come; a rollout is a batch of answers that the
+policy writes. An answer y_1 .. y_T to a prompt is an episode:
 
     reward     r_t = -beta (log p(y_t) - log p_ref(y_t)) + [t = T] score(prompt, answer)
     advantage  A_t = delta_t + gamma lambda A_t+1,    delta_t = r_t + gamma V_t+1 - V_t,    V_T+1 = 0,    return R_t = A_t + V_t
@@ -13,6 +15,7 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv 1707.0634
     V      values            (B, T)  the critic's, at the position that predicts y_t
     score  scores            (B,)    the reward model's, or a function's
     T                                tokens of the longest answer, its end-of-turn token included; mask (B, T) is True on answers
+    beta, eps, gamma, lambda         --kl-coefficient, --clip, --gamma, --lam
 
 The details that decide whether it works (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031);
 the code has their numbers:
@@ -24,8 +27,8 @@ the code has their numbers:
  [3]  Old log-probabilities come from the same forward pass as the new ones, at the same temperature, on the same micro-batches: the
       ratio of each rollout's first update is 1. The run checks it.
  [4]  The KL penalty is paid token by token (estimator k1); the score comes with the last token.
- [5]  gamma 1, lambda 0.95. Returns are computed before the advantages are whitened, over the whole rollout, answers only.
- [6]  Both losses are clipped at 0.2; the critic's counts 0.1.
+ [5]  gamma 1, lambda 0.95. Returns are computed before the advantages are whitened (mean 0, variance 1 over the rollout's answers).
+ [6]  Both losses are clipped at eps = 0.2; the critic's counts 0.1 (--value-coefficient).
  [7]  4 epochs over a rollout, reshuffled; Adam with eps 1e-5; the learning rate falls to 0; no dropout in any model.
  [8]  The critic starts from the reward model. beta is fixed, or --kl-target adapts it.
  [9]  Left-padded prompts get position_ids = cumsum(mask) - 1.
@@ -620,7 +623,7 @@ def over_micro_batches(role: Role, compute, micro_batches: list[tuple], mask) ->
 
 
 def check_health(rollout: Rollout, run, args) -> None:
-    """Stop before a policy that has gone astray is saved: a step is saved after the policy has been seen to sample."""
+    """Stop where the policy that has written this rollout has gone astray."""
     kl, entropy, trouble = rollout.figures["kl"] / rollout.figures["response_length"], rollout.figures["entropy"], None
     if not math.isfinite(kl) or not math.isfinite(entropy):
         trouble = "the policy has collapsed: its log-probabilities are not finite"
@@ -696,11 +699,13 @@ def train(args) -> None:
         for optimizer, rate in zip(optimizers, rates):
             optimizer.param_groups[0]["lr"] = rate
 
+        # what each token was worth, beyond what the critic expected of it
         old_values = over_micro_batches(critic, lambda batch: critic.values(**batch), rollout.micro_batches, mask)
         rewards = token_rewards(rollout.logps, rollout.reference_logps, rollout.scores, mask, beta)
         raw_advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
         advantages = whiten(raw_advantages, mask)
 
+        # several epochs of updates on the same answers, a minibatch each
         sums, updates = torch.zeros(3, device=device), 0
         for ppo_epoch in range(args.ppo_epochs):
             order = np.random.default_rng([args.seed, 2, step, ppo_epoch]).permutation(len(rollout.micro_batches))  # [7]
@@ -708,7 +713,7 @@ def train(args) -> None:
                 minibatch = [rollout.micro_batches[i] for i in order[first : first + args.grad_accum]]
                 count = sum(tokens for _, _, tokens in minibatch)
                 for rows, batch, _ in minibatch:
-                    if batch is None:
+                    if batch is None:  # no answer is left for this rank
                         continue
                     with policy.on_stage():
                         logps = as_rows(policy.logps(batch, args.temperature), mask[rows])
@@ -733,6 +738,7 @@ def train(args) -> None:
         losses = {"loss": losses["policy_loss"] + args.value_coefficient * losses["value_loss"]} | losses
         seconds = time.perf_counter() - started
 
+        # the next rollout, then log and save: what the policy has become shows in its samples, and a collapsed one must not be saved
         figures = rollout.figures | {
             "reward": common.over_ranks(rewards.sum().item()) / rollout.rows, "kl_coefficient": beta, "critic_lr": rates[1],
             "explained_variance": explained_variance(old_values, returns, mask), "critic_grad_norm": norms[1].item(),
@@ -740,7 +746,7 @@ def train(args) -> None:
         }  # fmt: skip
         if args.kl_target:  # [8]
             run.own["kl_coefficient"] = adapted_kl_coefficient(beta, figures["kl"], args.kl_target, rollout.rows, args.kl_horizon)
-        tokens, rollout = rollout.tokens, rollout_of(step + 1)  # before end_step, which may save: samples show what the policy has become
+        tokens, rollout = rollout.tokens, rollout_of(step + 1)
         figures = {name: torch.tensor(value / common.world_size(), device=device) for name, value in figures.items()}  # end_step sums over ranks
         epoch, first = plan[step]
         epoch += min(1.0, (first + corpus.rows_per_step) / len(corpus.rows(epoch)))
