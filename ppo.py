@@ -287,8 +287,8 @@ class Role:
 
 
 def load_roles(args, reward: str | None, same_tokens: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Role]:
-    """policy, reference and critic; and the reward model, if it is a folder. [8] The critic starts from that, where it can:
-    same_tokens says that it reads the policy's tokens."""
+    """policy, reference and critic; and the reward model, if it is a folder. same_tokens: that reads the policy's tokens, so the critic
+    can start from it."""
     if args.rank or args.adapter:
         roles = load_shared(args, reward, dtype, device)
     else:
@@ -306,7 +306,7 @@ def load_separate(args, reward: str | None, dtype: torch.dtype, device: torch.de
     """A model each. The two that train have float32 masters."""
     roles = {"policy": Role(common.load_model(args, dtype, device, weight_dtype=torch.float32), dtype)}
     roles["reference"] = Role(common.load_model(args, dtype, device), dtype)
-    source = (reward, "--reward") if reward else (args.model, "--model")
+    source = (reward, "--reward") if reward else (args.model, "--model")  # [8]
     roles["critic"] = load_classifier(args, *source, dtype, device, weight_dtype=torch.float32)
     if not reward:
         nn.init.zeros_(roles["critic"].head.weight)  # a new head: nothing is expected yet
@@ -326,7 +326,7 @@ def load_shared(args, reward: str | None, dtype: torch.dtype, device: torch.devi
     roles = {"policy": Role(model, dtype, "policy"), "critic": Role(model, dtype, "critic", head)}
     roles["reference"] = Role(model, dtype, "reference" if args.adapter else None)
     if reward and adapter_config(reward).get("base_fingerprint") == model.base_fingerprint:
-        config, weight = load_adapter(model, "critic", reward, "--reward")
+        config, weight = load_adapter(model, "critic", reward, "--reward")  # [8]
         load_adapter(model, "reward", reward, "--reward")
         head.weight.data.copy_(weight)
         roles["critic"].offset = config.get("reward_offset", 0.0)
