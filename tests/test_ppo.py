@@ -627,8 +627,8 @@ def test_clip_holds_both_losses(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ppo, "policy_loss", spied("policy", policy_loss))
     monkeypatch.setattr(ppo, "value_loss", spied("value", value_loss))
-    found, _ = one_rollout(tmp_path, "run", "--ppo-epochs", 3, "--clip", 0.03, "--lr", 3e-4, "--critic-lr", 1e-2)
-    policy = value = clipped = 0.0
+    found, _ = one_rollout(tmp_path, "run", "--ppo-epochs", 3, "--clip", 0.03, "--lr", 3e-4, "--critic-lr", 1e-3)
+    policy = value = clipped = unclipped = 0.0
     for new, old, advantages, mask, count in calls["policy"]:
         for x, y, a in zip(*(z[mask].tolist() for z in (new, old, advantages))):
             ratio = math.exp(x - y)
@@ -637,8 +637,9 @@ def test_clip_holds_both_losses(monkeypatch, tmp_path):
     for new, old, returns, mask, count in calls["value"]:
         for x, y, z in zip(*(z[mask].tolist() for z in (new, old, returns))):
             value += 0.5 * max((x - z) ** 2, (y + min(max(x - y, -0.03), 0.03) - z) ** 2) / count / 3
+            unclipped += 0.5 * (x - z) ** 2 / count / 3
     assert [found[name] for name in ("policy_loss", "value_loss", "clip_fraction")] == pytest.approx([policy, value, clipped], rel=1e-4, abs=1e-6)
-    assert 0.1 < found["clip_fraction"] < 0.9
+    assert 0.1 < found["clip_fraction"] < 0.9 and value > 1.01 * unclipped
 
 
 @pytest.mark.parametrize("flag, stops, goes_on", [("--max-kl", 2.9, 3.1), ("--min-entropy", 0.06, 0.04)])
