@@ -140,6 +140,12 @@ def random_weights(folder: str, dtype) -> None:
         patch(auto_class)
 
 
+def data_of(folder: str, args) -> str:
+    if args.against == "padding":
+        return str(ROOT / "examples" / "instructions.jsonl")  # documents of many lengths
+    return f"{folder}/{'pairs' if args.method in PREFERENCES else 'rows'}.jsonl"
+
+
 def ours(folder: str, args) -> None:
     import torch
 
@@ -150,13 +156,15 @@ def ours(folder: str, args) -> None:
     common.Run.begin = lambda run: (begin(run), meter.begin())
     common.Run.end_step = lambda run, *rest: (end_step(run, *rest), meter.step())
     common.check_head = lambda *_, **__: None  # random weights: nothing to check
+    common.Run.save_checkpoint = lambda run: None  # after the last step, and no part of it
     random_weights(folder, torch.float32)
     script = {"full": "full_ft", "reward": "reward_model"}.get(args.method, args.method)
     if args.profile:
         profile_steps()
     flags = ["--model", folder, "--output", f"{folder}/ours", "--max-steps", str(args.steps), "--batch-size", str(args.rows), "--samples", "0",
              "--eval-fraction", "0", "--log-every", "1", "--save-every", "100000", "--max-length", str(args.length), "--max-grad-norm", "1"]  # fmt: skip
-    flags += ["--data", f"{folder}/{'pairs' if args.method in PREFERENCES else 'rows'}.jsonl"]
+    flags += ["--data", data_of(folder, args)]
+    flags += ["--no-packing", "--batch-size", "8"] if args.worker == "padding" else []
     flags += ["--gradient-checkpointing"] * args.recompute
     flags += ["--rank", "8", "--alpha", "16"] if args.method in ("lora", "dora", "qlora") else []
     flags += ["--lora-rank", "8", "--lora-alpha", "16"] if args.lora and args.method in ("sft", *PREFERENCES) else []
@@ -212,7 +220,7 @@ def theirs(folder: str, args) -> None:
     random_weights(folder, torch.float32)
     cuda, meter = torch.cuda.is_available(), Meter(args.skip)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    rows = [json.loads(line) for line in open(f"{folder}/{'pairs' if args.method in PREFERENCES else 'rows'}.jsonl")]
+    rows = [json.loads(line) for line in open(data_of(folder, args))]
     table = datasets.Dataset.from_list(rows)
     options = dict(
         output_dir=f"{folder}/theirs", max_steps=args.steps, per_device_train_batch_size=args.rows, learning_rate=1e-4, max_grad_norm=1.0,
@@ -256,7 +264,7 @@ def measure(side: str, folder: str, args) -> dict:
     command = [sys.executable, __file__, "--worker", side, "--folder", folder]
     if args.processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", *command[1:]]
-    for name in ("method", "shape", "steps", "rows", "length", "document", "skip"):
+    for name in ("against", "method", "shape", "steps", "rows", "length", "document", "skip"):
         command += [f"--{name}", str(getattr(args, name))]
     command += ["--recompute"] * args.recompute + ["--lora"] * args.lora + ["--profile"] * args.profile
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
@@ -338,7 +346,8 @@ def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--against", choices=["trl", "nothing"], default="trl")
+    add("--against", choices=["trl", "padding", "nothing"], default="trl",
+        help="padding: our packed rows against our padded ones, 8 in a micro-batch, on examples/instructions.jsonl")
     add("--methods", nargs="+", default=["lora"], choices=METHODS)
     add("--shape", choices=SHAPES, default="8x576")
     add("--layers", type=int, help="other than the shape's own number")
@@ -358,15 +367,15 @@ def main() -> None:
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return (ours if args.worker == "ours" else theirs)(args.folder, args)
+        return (theirs if args.worker == "trl" else ours)(args.folder, args)
     if args.profile or args.growth:
         return profile(args) if args.profile else growth(args)
     results = {}
-    print("| method | tokens/s, ours | theirs | ratio (spread) | GiB above the loaded model, ours | theirs | ratio |\n|---|---|---|---|---|---|---|")
+    print(f"| method | tokens/s, ours | {args.against} | ratio (spread) | GiB above the loaded model, ours | {args.against} | ratio |\n|---|---|---|---|---|---|---|")
     for args.method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             make_work(Path(folder), args)
-            sides = ("ours", "theirs") if args.against == "trl" else ("ours",)
+            sides = ["ours"] + [args.against] * (args.against != "nothing")
             runs = {side: [] for side in sides}
             for _ in range(args.repeats):
                 for side in sides:
@@ -376,10 +385,10 @@ def main() -> None:
             print(f"| {args.method} | failed: {errors[0]} |")
             continue
         speed, memory = ({side: statistics.median(run[key] for run in runs[side]) for side in sides} for key in ("tokens_per_second", "gib"))
-        speed.setdefault("theirs", math.nan), memory.setdefault("theirs", math.nan)
-        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["ours"], runs.get("theirs", []))] or [math.nan]
-        print(f"| {args.method} | {speed['ours']:,.0f} | {speed['theirs']:,.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-              f"{memory['ours']:.2f} | {memory['theirs']:.2f} | {memory['ours'] / memory['theirs']:.2f} |", flush=True)  # fmt: skip
+        speed.setdefault(args.against, math.nan), memory.setdefault(args.against, math.nan)
+        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["ours"], runs.get(args.against, []))] or [math.nan]
+        print(f"| {args.method} | {speed['ours']:,.0f} | {speed[args.against]:,.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
+              f"{memory['ours']:.2f} | {memory[args.against]:.2f} | {memory['ours'] / memory[args.against]:.2f} |", flush=True)  # fmt: skip
         results[args.method] = runs
     if args.json:
         args.json.write_text(json.dumps({"args": {k: v for k, v in vars(args).items() if k != "json"}, "results": results}, indent=1))
