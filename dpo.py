@@ -3,7 +3,7 @@
 Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model" (arXiv 2305.18290),
 equation 7:
 
-    h = log pi(y_w|x) / ref(y_w|x)  -  log pi(y_l|x) / ref(y_l|x)            L = - log sigmoid(beta h)
+    h = log [pi(y_w|x) / ref(y_w|x)] - log [pi(y_l|x) / ref(y_l|x)]          L = - log sigmoid(beta h)
 
     x            the prompt          y_w, y_l   the chosen and the rejected answer
     log pi(y|x)  policy     (D,)     the SUM over the answer's tokens, its end of turn among them, in nats
@@ -18,6 +18,11 @@ Variants
   --loss simpo          SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6): - log sigmoid(beta (p_w - p_l) - gamma), p mean
                         log-probabilities, and no reference at all. Its beta is 2 to 2.5, its --gamma 0.3 to 1.6
 
+Choices and departures from the paper
+  - AdamW with warmup and cosine decay; the authors took RMSprop, which needs less memory, at a constant rate after the warmup.
+  - No dropout, as in the reference: it would add noise to a difference of two numbers near each other.
+  - Answers to one prompt are in one step; K ranked ones count as all their pairs, each with weight 2 / (K (K - 1)).
+
 The reference is where training starts:
   --lora-rank N         the same weights with the adapter off: one model in memory
   --adapter FOLDER      the same weights with a frozen copy of the starting adapter
@@ -27,15 +32,18 @@ The reference is where training starts:
 
 Questions people ask
   Sum or mean?          DPO sums over the answer's tokens, and then averages over pairs. IPO and SimPO average over the tokens.
+  Which rate?           The default is 1e-6 where every parameter trains, and 2e-5 for LoRA.
   Loss at step 0?       Exactly ln 2 = 0.693: policy and reference are the same, so h = 0. The run stops if it is not.
   Both log-probabilities fall?  Usual: the loss sees only their difference. Look at chosen_logps; a smaller --lr, a larger --beta or
                         a short SFT on the chosen answers first (sft.py) holds it up.
-  Several answers?      A row {"prompt", "responses"}, best first, counts as all its pairs, each with weight 2 / (K (K - 1)).
-  Dropout?              Off, as in the reference: it would add noise to a difference of two numbers near each other.
+  Several answers?      A row {"prompt", "responses"}, best first, counts as all its pairs.
+
+Measured: 10 steps on four fifths of the bundled pairs take SmolLM2-135M-Instruct's held-out accuracy, by definition 0.5 at step 0, to
+0.98 (--lora-rank 16 --lr 5e-5 --eval-fraction 0.2 --epochs 2; README, Results, with data on which it fails).
 
     python dpo.py                                                     # the bundled model learns to be kind, in a minute
-    python dpo.py --model SFT --data pairs.jsonl                      # every parameter
-    python dpo.py --model SFT --data pairs.jsonl --lora-rank 16       # an adapter
+    python dpo.py --model runs/sft --data pairs.jsonl                 # every parameter
+    python dpo.py --model runs/sft --data pairs.jsonl --lora-rank 16  # an adapter
 """
 
 import argparse
@@ -160,7 +168,7 @@ def add_training_flags(parser) -> None:
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
@@ -333,7 +341,7 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")

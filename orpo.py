@@ -2,20 +2,20 @@
 
 Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model" (arXiv 2403.07691), equations 3 to 7:
 
-    p = 1/|y| log pi(y|x)          odds = exp(p) / (1 - exp(p))
+    p = 1/|y| log pi(y|x)          odds(y) = exp(p) / (1 - exp(p))
     z = log odds(y_w) - log odds(y_l) = (p_w - p_l) - (log1mexp(p_w) - log1mexp(p_l))
     L = NLL(y_w) - lambda log sigmoid(z)
 
-    x        the prompt            y_w, y_l  the chosen and the rejected answer
+    x        the prompt            y_w, y_l  the chosen and the rejected answer; |y| tokens of an answer
     p        mean_logps   (D,)     the MEAN log-probability of an answer's tokens, its end of turn among them, in nats
     log1mexp(p) = log(1 - exp(p))  for p < 0
     NLL      negative log-likelihood of prompt and chosen answer, mean over their tokens in the whole optimizer step
     lambda   --lambda     0.1
 
 The first term teaches the chosen answers, as sft.py does; the second holds the rejected ones down, which SFT alone would raise
-along with them. So ORPO starts from a base model, not from an SFT model, and needs one model and two answers a prompt.
+along with them. So ORPO starts from a base model, not from an SFT model, and needs one model and two answers to each prompt.
 
-Choices and departures
+Choices and departures from the paper
   - NLL covers prompt and answer as in the authors' default; --nll-on answers leaves the prompt out.
   - The authors' mask of the answer's mean takes one padding token in; ours is the answer and its end of turn.
   - log1mexp clamps p to at most -1e-6 before it branches: a masked branch would still send a NaN through the gradient.
@@ -23,12 +23,15 @@ Choices and departures
 
 Questions people ask
   Why odds, not probabilities?   log(p_w / p_l) alone pushes p_l down without end; the odds ratio is near it for small p, and milder.
+  Sum or mean?                   Means: p over an answer's tokens, NLL over the tokens of the step, the odds term over its prompts.
   Loss at step 0?                Not known beforehand: the NLL of the data plus about 0.1 x 0.69. log_odds begins near 0.
-  Which rate?                    8e-6 in the paper for every parameter; LoRA takes ten times that and more.
+  Which rate?                    The default is the paper's 8e-6 where every parameter trains, and 1e-4 for LoRA.
   Several answers?               A row {"prompt", "responses"}, best first, counts as all its pairs, each with weight 2 / (K (K - 1)).
 
+Measured: `python orpo.py` takes the bundled model's held-out accuracy from 0.54 to 0.97, 0.99 and 0.97 with three seeds (README, Results).
+
     python orpo.py                                                    # the bundled model learns to be kind, in a minute
-    python orpo.py --model BASE --data pairs.jsonl                    # every parameter
+    python orpo.py --model BASE --data pairs.jsonl                    # every parameter; BASE: a folder or a Hugging Face Hub name
     python orpo.py --model BASE --data pairs.jsonl --lora-rank 16     # an adapter
 """
 
@@ -50,7 +53,7 @@ def log1mexp(p):
 
 
 def log_odds_ratio(chosen_logps, rejected_logps):
-    """z, equation 4: mean log-probabilities of the answers, (P,) each -> (P,)."""
+    """z, the log of equation 5: mean log-probabilities of the answers, (P,) each -> (P,)."""
     return (chosen_logps - rejected_logps) - (log1mexp(chosen_logps) - log1mexp(rejected_logps))
 
 
@@ -147,7 +150,7 @@ def add_training_flags(parser) -> None:
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
@@ -239,7 +242,7 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")

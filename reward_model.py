@@ -1,4 +1,5 @@
-"""Reward model: learn from ranked answers how good an answer is, as one number.
+"""Reward model, the second stage of RLHF (reinforcement learning from human feedback): learn from ranked answers how good an answer
+is, as one number.
 
 Ouyang et al. 2022, "Training language models to follow instructions with human feedback" (arXiv 2203.02155), equation 1, which
 for two answers is Bradley and Terry's model of who wins, log p(w beats l) = log sigmoid(r_w - r_l):
@@ -11,14 +12,14 @@ for two answers is Bradley and Terry's model of who wins, log p(w beats l) = log
     y_w, y_l better, worse (P,)  which of the D answers a pair compares; K ranked answers make K (K-1) / 2 pairs
     m        margin  (P,)    0, or the row's "margin": by how much the better answer should win (Llama 2, arXiv 2307.09288)
 
-Choices
+Choices and departures from the paper
   - All K answers to a prompt are in one step, and their pairs together weigh as much as a single pair: as pairs of their own,
     spread over an epoch, each answer would be trained on K-1 times, and the paper found that to overfit.
   - The last token is found from lengths, never from the pad id: where padding is eos, that finds another token. transformers
     finds it by the pad id when it loads the result, so the result gets a pad token that ends no text.
   - The loss sees differences alone, so rewards have no zero. After training, the mean reward of the best answers of the first 512
-    training prompts becomes `reward_offset` in the config, and what reads rewards here subtracts it: 0 is then as good
-    as those. transformers, TRL and vLLM do not know the field and give r itself.
+    training prompts becomes `reward_offset` in the config, and every script here that reads rewards subtracts it: a
+    reward of 0 is then as good as those answers. transformers, TRL and vLLM do not know the field and give r itself.
   - Dropout is off: it would add noise to a difference of two numbers near each other.
   - One epoch, as in the paper: more of them overfit.
 
@@ -26,6 +27,7 @@ Questions people ask
   Sum or mean?       The mean over the prompts of the whole optimizer step, over micro-batches and ranks; within a prompt,
                      the mean over its pairs.
   Loss at step 0?    Near ln 2 = 0.693, but not equal to it: the random head already prefers some answers to others.
+  Which rate?        The default is 1e-5 where every parameter trains, and 1e-4 for LoRA.
   Which base?        A model after SFT (sft.py). One that is a reward model already keeps its head and goes on from it.
   Is accuracy with the margin?  No: `accuracy` is the share of pairs with r_w > r_l (a tie is wrong), `margin` the mean of r_w - r_l.
   Both answers cut?  A row longer than --max-length is cut, and its reward read at the cut. Two answers that are then the same,
@@ -35,10 +37,10 @@ Measured: 19 steps on three quarters of the bundled pairs take SmolLM2-135M's he
 to 0.92, 1.00 and 0.96 with three seeds (--lora-rank 8 --lr 3e-4 --eval-fraction 0.25; bfloat16 on a CPU, 2026-11-22).
 
     python reward_model.py                                             # the bundled model learns to be kind, in a minute
-    python reward_model.py --model SFT --data pairs.jsonl --output runs/reward
-    python reward_model.py --model SFT --data pairs.jsonl --output runs/reward-lora --lora-rank 16
+    python reward_model.py --model runs/sft --data pairs.jsonl --output runs/reward
+    python reward_model.py --model runs/sft --data pairs.jsonl --output runs/reward-lora --lora-rank 16
     python reward_model.py --model runs/reward --score rows.jsonl      # a reward for each row, to --output/scores.jsonl
-    python reward_model.py --model SFT --adapter runs/reward-lora --score rows.jsonl
+    python reward_model.py --model runs/sft --adapter runs/reward-lora --score rows.jsonl
 """
 
 import json
@@ -388,8 +390,8 @@ def main(argv=None) -> None:
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the score head), or names such as q_proj,v_proj")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
     args = parser.parse_args(argv)
