@@ -38,8 +38,8 @@ Questions people ask
                                 (SUBMODULE: model.layers.0.self_attn ...), and base_model.model.NORM.weight (and .bias)
 
 Measured: 16 steps of some 580 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.851 (with --lr 3e-4 to
-0.989, with 3e-3 to 0.828). (python adapter.py --data gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384 --batch-size 2
---max-steps 16 --eval-every 16, 2026-11-22.) The default of 1e-3 is the middle one, since runs this short favour high rates.
+0.989, with 3e-3 to 0.828). (python adapter.py --model smollm2-135m --data gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384
+--batch-size 2 --max-steps 16 --eval-every 16, 2026-11-22.) The default of 1e-3 is the middle one, since runs this short favour high rates.
 
     python adapter.py                                                  # the bundled model learns a task, in a minute
     python adapter.py --model BASE --data train.jsonl                  # BASE: a folder or a Hugging Face Hub name

@@ -26,6 +26,7 @@ Questions people ask
   Sum or mean?                   Means: p over an answer's tokens, NLL over the tokens of the step, the odds term over its prompts.
   Loss at step 0?                Not known beforehand: the NLL of the data plus about 0.1 x 0.69. log_odds begins near 0.
   Which rate?                    The default is the paper's 8e-6 where every parameter trains, and 1e-4 for LoRA.
+  What are accuracy and margin?  The share of pairs with p_w > p_l (a tie is wrong), and the mean of lambda (p_w - p_l).
   Several answers?               A row {"prompt", "responses"}, best first, counts as all its pairs, each with weight 2 / (K (K - 1)).
 
 Measured: `python orpo.py` takes the bundled model's held-out accuracy from 0.54 to 0.97, 0.99 and 0.97 with three seeds (README, Results).

@@ -20,7 +20,7 @@ Choices and departures from the paper
     bit, and the same weights back, and are used for merging.
   - Every linear layer of the blocks is quantised and adapted. Embedding, head and the residual stream are bfloat16,
     norms float32.
-  - Rank 16 and alpha 32 as in lora.py (the paper: 64 and 16).
+  - Rank 16 and alpha 32 as in lora.py (the paper: 64 and 16). The paged states have 8 bits (the authors' code: 32).
 
 Questions people ask
   What is merged?       The adapter was trained beside dequant(W4), so --merge adds s B A to that, in float32, and saves bfloat16.
@@ -30,8 +30,8 @@ Questions people ask
   On a CPU?             It runs, in float32, for tests and for reading along; layer sizes must be multiples of 64 there.
 
 Measured: 16 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.605 to 1.240; the base takes 4.127 bits
-per weight in its linear layers, and before quantisation its loss is 1.316. (python qlora.py --eval-fraction 0.004 --max-length 384
---batch-size 2 --max-steps 16, two cores of an AMD EPYC, float32, 2026-11-22.)
+per weight in its linear layers, and before quantisation its loss is 1.316. (python qlora.py --model smollm2-135m --data
+gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16, two cores of an AMD EPYC, float32, 2026-11-22.)
 
     python qlora.py                                                     # the bundled model learns a task, in a minute
     python qlora.py --model BASE --data train.jsonl --merge             # BASE: a folder or a Hugging Face Hub name
