@@ -111,100 +111,6 @@ def figures(args, batch: dict, policy, length, reference) -> dict[str, torch.Ten
     return {name: (batch["weight"] * values).sum() for name, values in pairs.items()}
 
 
-# --- copied from lora.py: LoRALinear ---
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x):
-        flat = x.flatten(0, -2)  # (N, in)
-        y = self.base(flat)  # W0 x: (N, out)
-        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
-        return y.view(*x.shape[:-1], -1)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
-        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
-        return self.base
-# --- end ---
-
-
-# --- copied from lora.py: putting LoRA on a model ---
-def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
-    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
-    model.requires_grad_(False)
-    for name, layer in common.linear_layers(model, targets).items():
-        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
-
-
-def lora_layers(model) -> dict[str, LoRALinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """What is trained, under the names that PEFT gives it."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-    return tensors
-# --- end ---
-
-
-# --- copied from sft.py: what trains ---
-def add_training_flags(parser) -> None:
-    add = parser.add_argument_group("what trains").add_argument
-    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
-        help="train a LoRA adapter of this rank; 0 trains every parameter")
-    add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
-    add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
-    add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
-    parser.set_defaults(dropout=0.0, rslora=False)
-
-
-def load_trained(args, dtype: torch.dtype, device: torch.device):
-    """The model of --model: with a LoRA on frozen weights in dtype, or with float32 masters of every parameter."""
-    lora = args.rank or args.adapter
-    if lora and args.offload:
-        raise common.UserError("--offload is for training every parameter: leave out --lora-rank and --adapter")
-    common.check_shard(args)
-    whole = not dist.is_initialized() or lora and not args.shard
-    place = device if whole else torch.device("cpu")  # FSDP2 takes block after block to the GPU
-    model = common.load_model(args, dtype, place, weight_dtype=dtype if lora else torch.float32)
-    if args.adapter:
-        load_lora(model, args)
-    elif args.rank:
-        add_lora(model, args.targets, args.rank, args.alpha)
-    common.checkpoint_blocks(model, args)
-    if not lora:
-        common.parallelize(model, dtype, device, args.offload)
-    elif args.shard:
-        common.shard(model, dtype, device)
-    common.say("{:,} of {:,} parameters train".format(*common.count_parameters(model)))
-    return model
-
-
-def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
-    """What was trained: an adapter in PEFT's form, or a Hugging Face folder."""
-    if lora_layers(model):
-        save_lora(args, model, tokenizer)
-    else:
-        common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
-# --- end ---
-
-
 @contextmanager
 def adapter_at_start(model, start: dict):
     """For the time of a with block the adapter is as training found it: the copy in start, or off where there is none."""
@@ -327,6 +233,100 @@ def check_start(loss: float, dtype: torch.dtype) -> None:
     """At step 0 the policy is the reference: h = 0, and the loss is ln 2 whatever beta and the label smoothing are."""
     if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 0.05):
         raise common.UserError(f"the loss at step 0 is {loss:.5f}, not ln 2: policy and reference differ (--reference names another on purpose)")
+
+
+# --- copied from lora.py: LoRALinear ---
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)  # (N, in)
+        y = self.base(flat)  # W0 x: (N, out)
+        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        return y.view(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
+        return self.base
+# --- end ---
+
+
+# --- copied from lora.py: putting LoRA on a model ---
+def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
+    model.requires_grad_(False)
+    for name, layer in common.linear_layers(model, targets).items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def adapter_tensors(model) -> dict[str, nn.Parameter]:
+    """What is trained, under the names that PEFT gives it."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+    return tensors
+# --- end ---
+
+
+# --- copied from sft.py: what trains ---
+def add_training_flags(parser) -> None:
+    add = parser.add_argument_group("what trains").add_argument
+    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
+        help="train a LoRA adapter of this rank; 0 trains every parameter")
+    add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
+    add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
+    parser.set_defaults(dropout=0.0, rslora=False)
+
+
+def load_trained(args, dtype: torch.dtype, device: torch.device):
+    """The model of --model: with a LoRA on frozen weights in dtype, or with float32 masters of every parameter."""
+    lora = args.rank or args.adapter
+    if lora and args.offload:
+        raise common.UserError("--offload is for training every parameter: leave out --lora-rank and --adapter")
+    common.check_shard(args)
+    whole = not dist.is_initialized() or lora and not args.shard
+    place = device if whole else torch.device("cpu")  # FSDP2 takes block after block to the GPU
+    model = common.load_model(args, dtype, place, weight_dtype=dtype if lora else torch.float32)
+    if args.adapter:
+        load_lora(model, args)
+    elif args.rank:
+        add_lora(model, args.targets, args.rank, args.alpha)
+    common.checkpoint_blocks(model, args)
+    if not lora:
+        common.parallelize(model, dtype, device, args.offload)
+    elif args.shard:
+        common.shard(model, dtype, device)
+    common.say("{:,} of {:,} parameters train".format(*common.count_parameters(model)))
+    return model
+
+
+def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
+    """What was trained: an adapter in PEFT's form, or a Hugging Face folder."""
+    if lora_layers(model):
+        save_lora(args, model, tokenizer)
+    else:
+        common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
+# --- end ---
 
 
 # --- copied from lora.py: saving and loading LoRA ---

@@ -94,6 +94,49 @@ def nll_tokens(args, micro_batches: list[dict]) -> float:
     return common.over_ranks(sum(len(batch["best"]) + len(batch["other_targets"]) * (args.nll_on == "all") for batch in micro_batches))
 
 
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device, kind="preferences")
+    if args.inspect:
+        return corpus.show(tokenizer)
+    model = load_trained(args, dtype, device)
+
+    def measure() -> dict[str, float]:
+        per_token = len(evaluation.rows()) / nll_tokens(args, list(evaluation.deal(evaluation.rows())))
+        return common.corpus_means(model, evaluation, lambda batch: figures(args, model, batch, per_token))
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = common.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, measure)
+    run.begin()
+
+    for epoch, micro_batches, tokens, prompts in run.steps():
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums, per_token = {}, prompts / nll_tokens(args, micro_batches)
+        for batch in micro_batches:
+            part = figures(args, model, batch, per_token)
+            (part["loss"] / prompts).backward()  # a mean over the whole step, over micro-batches and ranks
+            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
+        # --- copied from dpo.py: update ---
+        if run.step == 0:
+            common.check_gradients(model)
+        common.sum_gradients(parameters)  # over ranks, under torchrun
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
+        # --- end ---
+
+    run.show_samples()
+    save_trained(args, model, tokenizer, dtype)
+    run.finish()
+    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
+
+
 # --- copied from lora.py: LoRALinear ---
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
@@ -186,49 +229,6 @@ def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
     else:
         common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
 # --- end ---
-
-
-def train(args) -> None:
-    device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device, kind="preferences")
-    if args.inspect:
-        return corpus.show(tokenizer)
-    model = load_trained(args, dtype, device)
-
-    def measure() -> dict[str, float]:
-        per_token = len(evaluation.rows()) / nll_tokens(args, list(evaluation.deal(evaluation.rows())))
-        return common.corpus_means(model, evaluation, lambda batch: figures(args, model, batch, per_token))
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, measure)
-    run.begin()
-
-    for epoch, micro_batches, tokens, prompts in run.steps():
-        lr = common.learning_rate(run.step, run.total_steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums, per_token = {}, prompts / nll_tokens(args, micro_batches)
-        for batch in micro_batches:
-            part = figures(args, model, batch, per_token)
-            (part["loss"] / prompts).backward()  # a mean over the whole step, over micro-batches and ranks
-            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
-        # --- copied from dpo.py: update ---
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
-        # --- end ---
-
-    run.show_samples()
-    save_trained(args, model, tokenizer, dtype)
-    run.finish()
-    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
 
 
 # --- copied from lora.py: saving and loading LoRA ---

@@ -88,56 +88,6 @@ def figures(batch: dict, rewards) -> dict[str, torch.Tensor]:
     return {name: (batch["weight"] * values).sum() for name, values in pairs.items()}
 
 
-# --- copied from lora.py: LoRALinear ---
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x):
-        flat = x.flatten(0, -2)  # (N, in)
-        y = self.base(flat)  # W0 x: (N, out)
-        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
-        return y.view(*x.shape[:-1], -1)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
-        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
-        return self.base
-# --- end ---
-
-
-# --- copied from lora.py: putting LoRA on a model ---
-def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
-    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
-    model.requires_grad_(False)
-    for name, layer in common.linear_layers(model, targets).items():
-        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
-
-
-def lora_layers(model) -> dict[str, LoRALinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """What is trained, under the names that PEFT gives it."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-    return tensors
-# --- end ---
-
-
 def load_reward_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype):
     """The model of --model with `model.rewards` bound to it, and the adapter of --adapter or a fresh LoRA on it. The head is
     the adapter's, else the one on disk, else random."""
@@ -346,6 +296,56 @@ The reward model lies in {args.output}. Score prompts and answers with it:
   python reward_model.py {again} --score rows.jsonl --output {args.output}-scores
 or through {"PEFT" if lora else "transformers"}, whose rewards are without the offset:
   python -c "import {"peft, " * lora}transformers as t; {inputs}\"""")
+
+
+# --- copied from lora.py: LoRALinear ---
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)  # (N, in)
+        y = self.base(flat)  # W0 x: (N, out)
+        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        return y.view(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
+        return self.base
+# --- end ---
+
+
+# --- copied from lora.py: putting LoRA on a model ---
+def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
+    model.requires_grad_(False)
+    for name, layer in common.linear_layers(model, targets).items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def adapter_tensors(model) -> dict[str, nn.Parameter]:
+    """What is trained, under the names that PEFT gives it."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+    return tensors
+# --- end ---
 
 
 # LoRA's files as in lora.py, with the head beside the adapter, which PEFT saves and loads for task type SEQ_CLS.

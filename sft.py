@@ -85,6 +85,46 @@ def add_neftune(model, alpha: float) -> None:
     model.base_model.register_forward_pre_hook(add_noise, with_kwargs=True)
 
 
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
+    if args.inspect:
+        return corpus.show(tokenizer)
+    model = load_trained(args, dtype, device)
+    if args.neftune:
+        add_neftune(model, args.neftune)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = common.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    # --- copied from lora.py: training loop ---
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
+    run.begin()
+    for epoch, micro_batches, tokens, targets in run.steps():
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        nll = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch_nll = -model.target_logps(**batch).sum()
+            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            nll += batch_nll.detach()
+        if run.step == 0:
+            common.check_gradients(model)
+        common.sum_gradients(parameters)  # over ranks, under torchrun
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+    # --- end ---
+
+    run.show_samples()
+    save_trained(args, model, tokenizer, dtype)
+    run.finish()
+    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
+
+
 # --- copied from lora.py: LoRALinear ---
 class LoRALinear(nn.Module):
     """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
@@ -177,46 +217,6 @@ def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
     else:
         common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
 # --- end ---
-
-
-def train(args) -> None:
-    device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
-    if args.inspect:
-        return corpus.show(tokenizer)
-    model = load_trained(args, dtype, device)
-    if args.neftune:
-        add_neftune(model, args.neftune)
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    # --- copied from lora.py: training loop ---
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
-    run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
-        lr = common.learning_rate(run.step, run.total_steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        nll = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
-            nll += batch_nll.detach()
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
-    # --- end ---
-
-    run.show_samples()
-    save_trained(args, model, tokenizer, dtype)
-    run.finish()
-    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
 
 
 # --- copied from lora.py: saving and loading LoRA ---
