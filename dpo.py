@@ -80,14 +80,12 @@ def simpo_loss(policy_chosen, policy_rejected, beta: float, gamma: float):
     return -F.logsigmoid(beta * (policy_chosen - policy_rejected) - gamma)
 
 
-# --- answer_logps ---
 def answer_logps(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """log p of each answer given its prompt, summed over its tokens with the end of turn, and how many tokens these are: (D,)
     each. All answers run in one forward pass."""
     logps = model.target_logps(targets=batch["targets"], target_index=batch["target_index"], **common.model_inputs(batch))  # (N,)
     zeros = logps.new_zeros(len(batch["last"]))
     return zeros.index_add(0, batch["answer"], logps), zeros.index_add(0, batch["answer"], torch.ones_like(logps))
-# --- end ---
 
 
 def figures(args, batch: dict, policy, length, reference) -> dict[str, torch.Tensor]:

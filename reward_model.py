@@ -65,7 +65,6 @@ def pairwise_loss(chosen_rewards, rejected_rewards, margin=None, reduction: str 
     return losses.mean() if reduction == "mean" else losses
 
 
-# --- rewards ---
 def rewards(model, last, **batch) -> torch.Tensor:
     """r of each answer, called as `model.rewards(**batch)`. last (D,): where in the flattened (B * T,) each ends. -> (D,) float32"""
     inputs = common.model_inputs(batch)
@@ -76,7 +75,6 @@ def rewards(model, last, **batch) -> torch.Tensor:
     hidden = hidden.flatten(0, 1).index_select(0, last)  # (D, d)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.float(), model.score.weight.float())[:, 0]
-# --- end ---
 
 
 def figures(batch: dict, rewards) -> dict[str, torch.Tensor]:
@@ -213,7 +211,6 @@ def show(model, tokenizer, corpus) -> list[tuple[str, str, str]]:
     return shown
 
 
-# --- scoring ---
 def score(model, documents: list[list[int]], batch_size: int, device: torch.device) -> list[float]:
     """r of token lists, without the offset. Padded on the right, the longest first: what does not fit in memory fails at once."""
     order, values = sorted(range(len(documents)), key=lambda n: -len(documents[n])), [0.0] * len(documents)
@@ -228,7 +225,6 @@ def score(model, documents: list[list[int]], batch_size: int, device: torch.devi
             for n, value in zip(chosen, model.rewards(last, input_ids=ids, attention_mask=mask).tolist()):
                 values[n] = value
     return values
-# --- end ---
 
 
 def score_file(args) -> None:
