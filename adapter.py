@@ -19,7 +19,7 @@ twice that, which leaves 0.88e-3; with relu, and 0.7 of it with gelu,
 
 Choices and departures from the paper
   - D, b1, U, b2 and the norms are float32: AdamW's small updates would vanish in bfloat16. The adapters are cast to the
-    stream's dtype in the forward pass; a trained norm computes in float32 and gives its result in the stream's dtype.
+    dtype of the residual stream in the forward pass; a trained norm computes in float32 and gives its result in that dtype.
   - Every norm trains: those of the blocks (Qwen3's of queries and keys too), and the last one. --no-train-norms: none.
   - The paper's BERT adds and then normalises, today's decoders normalise first. Where a norm follows before the sum
     (Gemma 2's post norms), the adapter stands in front of it: straight behind the output projection.
@@ -38,12 +38,12 @@ Questions people ask
                                 (SUBMODULE: model.layers.0.self_attn ...), and base_model.model.NORM.weight (and .bias)
 
 Measured: 16 steps of some 580 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.851 (with --lr 3e-4 to
-0.989, with 3e-3 to 0.828): --data gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16
---eval-every 16. The default of 1e-3 is the middle one, since runs this short favour high rates.
+0.989, with 3e-3 to 0.828). (python adapter.py --model smollm2-135m --data gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384
+--batch-size 2 --max-steps 16 --eval-every 16, 2026-11-22.) The default of 1e-3 is the middle one, since runs this short favour high rates.
 
     python adapter.py                                                  # the bundled model learns a task, in a minute
-    python adapter.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
-    python adapter.py --model BASE --adapter runs/adapter --max-steps 0     # evaluate and answer, train nothing
+    python adapter.py --model BASE --data train.jsonl                  # BASE: a folder or a Hugging Face Hub name
+    python adapter.py --model BASE --adapter runs/adapter --max-steps 0   # evaluate and answer, train nothing
 """
 
 import argparse
@@ -243,7 +243,7 @@ def save_adapters(args, model, tokenizer) -> None:
 
 
 def load_adapters(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own bottleneck, activation, places and norms hold."""
+    """Put the adapter of --adapter on the model. Its own bottleneck, activation, places and norms are used."""
     config, tensors = common.load_adapter(args.adapter, model, "HOULSBY")
     kinds = {"bottleneck": int, "activation": str, "pfeiffer": bool, "train_norms": bool}
     wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
@@ -282,7 +282,7 @@ def main(argv=None) -> None:
     add("--activation", choices=list(ACTIVATIONS), default="relu", help="inside each adapter")
     add("--pfeiffer", action="store_true", help="adapters behind the MLPs alone: half as many")
     add("--train-norms", action=argparse.BooleanOptionalAction, default=True, help="also train the weights of the norms")
-    add("--adapter", metavar="FOLDER", help="go on from a folder of this script; its own settings hold")
+    add("--adapter", metavar="FOLDER", help="continue from an adapter of this script; its bottleneck, activation, places and norms are used")
     train(parser.parse_args(argv))
 
 

@@ -199,7 +199,7 @@ def read_jsonl(path: Path):
 
 
 def read_json(path: Path):
-    """A JSON list, each element with the line it begins on. Many .json files hold an object a line: read as .jsonl."""
+    """A JSON list, each element with the line it begins on. Many .json files hold one object per line: read as .jsonl."""
     raw = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     if not raw.lstrip().startswith(b"["):
         yield from read_jsonl(path)
@@ -451,7 +451,7 @@ def answer_span(tokenizer, conversation: list[dict]) -> tuple[list[int], int, in
 
 
 def encode_conversation(tokenizer, conversation: list[dict], joined: bool = False) -> list[tuple[list[int], list[bool]]]:
-    """Messages -> documents of (ids, is_target): one document, or one an answer if the template rewrites earlier turns.
+    """Messages -> documents of (ids, is_target): one document, or one per answer if the template rewrites earlier turns.
 
     Targets are the assistant's tokens and its end-of-turn token, found by position and never by token id, since pad and
     eos are often one id. joined (--template none): the strings as they are, each answer followed by eos.
@@ -532,7 +532,7 @@ def encode_training_row(row, where: str, tokenizer, args) -> tuple[str | list[di
 
 
 def encode_preference_row(row, where: str, tokenizer, args) -> tuple[list[dict], list, bool, float]:
-    """-> (prompt, a document an answer, best first, whether an answer is empty, margin)"""
+    """-> (prompt, a document for each answer, best first, whether an answer is empty, margin)"""
     prompt, answers, margin = parse_preference(row, where)
     with template_errors(where):
         documents = [] if is_empty(answers) else encode_answers(tokenizer, with_system(prompt, args), answers, args.template == "none")

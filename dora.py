@@ -7,7 +7,7 @@ Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353
 
     W0  base.weight  (out, in)   frozen                        m  magnitude  (out,)      float32, starts at ||W0||
     A   lora_A       (r, in)     float32, as in lora.py        B  lora_B     (out, r)    float32, zero
-    s = alpha / r
+    r   --rank, alpha  --alpha, s = alpha / r
 
 The norm without V, by (a + b)^2 = a^2 + 2 a b + b^2 on every row i:
 
@@ -22,17 +22,18 @@ Choices and departures from the paper
   - Every linear layer of the blocks is adapted but never the output head, and the rate is LoRA's.
 
 Questions people ask
-  What does it buy?      Over LoRA of the same rank r + 1 numbers more an output row: m. Full fine-tuning changes magnitude and
-                         direction independently; LoRA's updates tie the two together. It costs time: see the README.
+  What does it buy?      Full fine-tuning changes magnitude and direction independently; LoRA's updates tie the two together.
+                         Beside LoRA's numbers of the same rank it trains one more for each output row: m. It costs time and
+                         memory: see the README.
   Is it free after merging?   Yes: --merge writes W' and the model is an ordinary one.
   Why is m not 1?        It would make W' = V / ||V|| at the start, not W0.
 
 Measured: 12 steps on GSM8K take SmolLM2-135M's held-out loss from 1.450 to 1.165, LoRA's from 1.450 to 1.171 (README, Results).
-`python tests/benchmark.py --methods dora --shape 8x576 --steps 4 --repeats 1`, two cores of an AMD EPYC, float32, 2026-11-22: 482 tokens/s and
-1.05 GiB above the loaded model; PEFT's DoRA under TRL on the same rows 193 and 1.99.
+`python tests/benchmark.py --methods dora --shape 8x576 --steps 4 --repeats 1`, two cores of an AMD EPYC, float32, 2026-11-22:
+482 tokens/s and 1.05 GiB above the loaded model; PEFT's DoRA under TRL on the same rows 193 and 1.99.
 
     python dora.py                                                     # the bundled model learns a task, in a minute
-    python dora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
+    python dora.py --model BASE --data train.jsonl --merge             # BASE: a folder or a Hugging Face Hub name
     python dora.py --model BASE --adapter runs/dora --max-steps 0 --merge   # merge an adapter, train nothing
 """
 
@@ -194,7 +195,7 @@ def save_dora(args, model, tokenizer) -> None:
 
 
 def load_dora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
@@ -219,10 +220,10 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/dora", lr=2e-4)
     add = parser.add_argument_group("DoRA").add_argument
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
-    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / r")
+    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--dropout", type=common.number(float, 0, 1), default=0.0, help="on the update's input")
-    add("--targets", default="all-linear", help="all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="go on from this DoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--targets", default="all-linear", help="layers that DoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--adapter", metavar="FOLDER", help="continue from this DoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--shard", action="store_true", help="under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     add("--merge", action="store_true", help="also write the merged model to --output/merged")
     train(parser.parse_args(argv))

@@ -5,7 +5,10 @@ The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101
     m = b1 m + (1 - b1) g         v = b2 v + (1 - b2) g^2
     w = w - lr ( m' / (sqrt(v') + eps) + decay w )          m' = m / (1 - b1^t),  v' = v / (1 - b2^t)
 
-so what there is to learn is where N numbers of each kind lie, and in what precision (bytes a parameter):
+    w   the parameters       g   their gradient          m, v   running means of g and g^2, b1 = 0.9, b2 = 0.999, eps = 1e-8
+    t   the step, from 1     lr  --lr, scheduled         decay  --weight-decay, on tensors of 2 or more dimensions
+
+PyTorch has this update. What the script shows is where N numbers of each kind lie, and in what precision (bytes per parameter):
 
     mode                                weights   gradients   m and v   together   what it costs
     float32 masters (default)              4          4          8         16      +2 between forward and backward on CUDA (bfloat16
@@ -18,22 +21,27 @@ so what there is to learn is where N numbers of each kind lie, and in what preci
     --pure-bfloat16                        2          2          4          8      small updates vanish: see below
       --optimizer adamw8bit
       --step-in-backward                   2         (2)         2          4      the least that trains every parameter
-    --l2-sp adds w0: 4 (2 with --pure-bfloat16). (n): one parameter's gradient at a time.
+    Indented flags are added to the mode above them, the last two together. --l2-sp adds w0: 4 (2 with --pure-bfloat16).
+    (n): one parameter's gradient at a time.
 
-Why float32 masters? bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about |w| / 512: add 1e-5 to every
-weight of SmolLM2-135M in bfloat16, and 98 % of them do not change. --pure-bfloat16 accepts that for the memory.
-
-Against forgetting: --l2-sp ALPHA adds ALPHA ||w - w0||^2 (Li et al. 2018, arXiv 1802.01483, without their factor 1/2 and
-without a term for new layers, as there are none), which pulls towards the pretrained w0; and replay mixes general rows
-in: --data mine.jsonl general.jsonl:0.2.
+Choices and departures from the papers
+  - Weights are float32 "masters": the forward pass computes in bfloat16 on a GPU, the updates are added in float32.
+  - Biases and norms never decay.
+  - Against forgetting, --l2-sp ALPHA adds ALPHA ||w - w0||^2 to the loss, which pulls towards the pretrained w0 (Li et al. 2018,
+    arXiv 1802.01483, without their factor 1/2 and without a term for new layers, as there are none); and replay mixes general
+    rows in: --data mine.jsonl general.jsonl:0.2.
 
 Questions people ask
+  Why float32 masters?   bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about |w| / 512: add 1e-5 to
+                     every weight of SmolLM2-135M in bfloat16, and 98 % of them do not change. --pure-bfloat16 accepts that
+                     for the memory.
   Sum or mean?       The mean over the target tokens of the whole optimizer step, over micro-batches and ranks. Each
                      rank divides by the targets of all, and gradients are summed over ranks.
   What is saved?     The weights in the precision they were computed in. float32 masters stay in checkpoint/.
   Which rate?        1e-5 to 5e-5 are usual for pretrained models; LoRA takes ten times that. Measure yours.
 
-Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.797 (README, Results).
+Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.797 with --lr 5e-5 (README,
+Results).
 
     python full_ft.py                                                  # the bundled model learns a task, in a minute
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
@@ -50,7 +58,7 @@ import common
 
 
 def make_optimizer(groups, args):
-    """AdamW over parameters or groups of them: PyTorch's, or bitsandbytes' with 8-bit (and paged) states."""
+    """AdamW over parameters or groups of them: PyTorch's, or bitsandbytes' with 8-bit states, which may be paged."""
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
     import bitsandbytes  # loads CUDA libraries, so only where it is asked for
@@ -66,7 +74,7 @@ def add_l2_sp(parameters, start, alpha: float) -> None:
 
 
 def step_in_backward(parameters, start, args) -> list:
-    """One optimizer a parameter, which steps as soon as the parameter's gradient is complete and then frees it: never
+    """One optimizer for each parameter, which steps as soon as the parameter's gradient is complete and then frees it: never
     more than one gradient exists. So there is nothing to accumulate over micro-batches, and no global norm to clip."""
     optimizers = []
     for i, p in enumerate(parameters):
@@ -82,17 +90,6 @@ def step_in_backward(parameters, start, args) -> list:
         p.register_post_accumulate_grad_hook(step)
         optimizers.append(optimizer)
     return optimizers
-
-
-def check_flags(args, sharded: bool) -> None:
-    if args.step_in_backward and (args.grad_accum != 1 or args.max_grad_norm != 0):
-        raise common.UserError("--step-in-backward needs --grad-accum 1 and --max-grad-norm 0: no two gradients exist at once")
-    if sharded and args.step_in_backward:
-        raise common.UserError("--step-in-backward works in one process without --offload: FSDP2 reduces whole blocks")
-    if sharded and args.optimizer != "adamw":
-        raise common.UserError(f"--optimizer {args.optimizer}: bitsandbytes cannot step sharded parameters; use adamw with torchrun or --offload")
-    if sharded and args.pure_bfloat16:
-        raise common.UserError("--pure-bfloat16 is for one device; sharded or offloaded float32 masters need no memory there")
 
 
 def train(args) -> None:
@@ -148,13 +145,25 @@ def train(args) -> None:
     common.say_how_to_use(args, adapter=False)
 
 
+def check_flags(args, sharded: bool) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    if args.step_in_backward and (args.grad_accum != 1 or args.max_grad_norm != 0):
+        raise common.UserError("--step-in-backward needs --grad-accum 1 and --max-grad-norm 0: no two gradients exist at once")
+    if sharded and args.step_in_backward:
+        raise common.UserError("--step-in-backward works in one process without --offload: FSDP2 reduces whole blocks")
+    if sharded and args.optimizer != "adamw":
+        raise common.UserError(f"--optimizer {args.optimizer}: bitsandbytes cannot step sharded parameters; use adamw with torchrun or --offload")
+    if sharded and args.pure_bfloat16:
+        raise common.UserError("--pure-bfloat16 is for one device; sharded or offloaded float32 masters need no memory there")
+
+
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, demo={"lr": 5e-4}, output="runs/full_ft", lr=1e-5)
     add = parser.add_argument_group("full fine-tuning").add_argument
     add("--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw",
-        help="8-bit states are bitsandbytes'; paged ones move to the host under pressure")
+        help="8-bit states are bitsandbytes'; paged ones move to host memory when the GPU runs short")
     add("--step-in-backward", action="store_true", help="each parameter steps in the backward pass and frees its gradient")
-    add("--offload", action="store_true", help="keep weights, gradients and states in host memory (FSDP2), also on one GPU")
+    add("--offload", action="store_true", help="keep weights, gradients and optimizer states in host memory (FSDP2), also on one GPU")
     add("--pure-bfloat16", action="store_true", help="no float32 masters: 4 to 8 bytes a parameter, but small updates are lost")
     add("--l2-sp", type=common.number(float, 0), default=0.0, metavar="ALPHA", help="penalty ALPHA ||w - w0||^2 towards the pretrained weights")
     train(parser.parse_args(argv))

@@ -2,12 +2,13 @@
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3:
 
-    h = W0 x + s B A dropout(x)         s = alpha / r   (rsLoRA, arXiv 2312.03732: alpha / sqrt(r))
+    y = W0 x + s B A dropout(x)         s = alpha / r   (rsLoRA, arXiv 2312.03732: alpha / sqrt(r))
 
+    x   (..., in), y  (..., out)   what enters and leaves the layer
     W0  base.weight  (out, in)   frozen, in bfloat16 on a GPU
     A   lora_A       (r, in)     float32, kaiming_uniform(a=sqrt 5)
     B   lora_B       (out, r)    float32, zero
-    r   --rank       s  scaling
+    r   --rank, alpha  --alpha, s  scaling
 
 Choices and departures from the paper
   - Every linear layer of the blocks is adapted, not only the attention's q and v: adapting all of them is what it took to match
@@ -29,7 +30,7 @@ Questions people ask
 Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.967 (README, Results).
 
     python lora.py                                                     # the bundled model learns a task, in a minute
-    python lora.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --merge
+    python lora.py --model BASE --data train.jsonl --merge             # BASE: a folder or a Hugging Face Hub name
     python lora.py --model BASE --adapter runs/lora --max-steps 0 --merge   # merge an adapter, train nothing
 """
 
@@ -156,7 +157,7 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
@@ -180,11 +181,11 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/lora", lr=2e-4)
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
-    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / r")
+    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--dropout", type=common.number(float, 0, 1), default=0.0, help="on the update's input")
-    add("--targets", default="all-linear", help="all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(r), which keeps high ranks learning")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead, which keeps high ranks learning")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--shard", action="store_true", help="under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     add("--merge", action="store_true", help="also write the merged model to --output/merged")
     train(parser.parse_args(argv))

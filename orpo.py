@@ -2,20 +2,20 @@
 
 Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model" (arXiv 2403.07691), equations 3 to 7:
 
-    p = 1/|y| log pi(y|x)          odds = exp(p) / (1 - exp(p))
+    p = 1/|y| log pi(y|x)          odds(y) = exp(p) / (1 - exp(p))
     z = log odds(y_w) - log odds(y_l) = (p_w - p_l) - (log1mexp(p_w) - log1mexp(p_l))
     L = NLL(y_w) - lambda log sigmoid(z)
 
-    x        the prompt            y_w, y_l  the chosen and the rejected answer
+    x        the prompt            y_w, y_l  the chosen and the rejected answer; |y| tokens of an answer
     p        mean_logps   (D,)     the MEAN log-probability of an answer's tokens, its end of turn among them, in nats
     log1mexp(p) = log(1 - exp(p))  for p < 0
     NLL      negative log-likelihood of prompt and chosen answer, mean over their tokens in the whole optimizer step
     lambda   --lambda     0.1
 
 The first term teaches the chosen answers, as sft.py does; the second holds the rejected ones down, which SFT alone would raise
-along with them. So ORPO starts from a base model, not from an SFT model, and needs one model and two answers a prompt.
+along with them. So ORPO starts from a base model, not from an SFT model, and needs one model and two answers to each prompt.
 
-Choices and departures
+Choices and departures from the paper
   - NLL covers prompt and answer as in the authors' default; --nll-on answers leaves the prompt out.
   - The authors' mask of the answer's mean takes one padding token in; ours is the answer and its end of turn.
   - log1mexp clamps p to at most -1e-6 before it branches: a masked branch would still send a NaN through the gradient.
@@ -23,12 +23,16 @@ Choices and departures
 
 Questions people ask
   Why odds, not probabilities?   log(p_w / p_l) alone pushes p_l down without end; the odds ratio is near it for small p, and milder.
+  Sum or mean?                   Means: p over an answer's tokens, NLL over the tokens of the step, the odds term over its prompts.
   Loss at step 0?                Not known beforehand: the NLL of the data plus about 0.1 x 0.69. log_odds begins near 0.
-  Which rate?                    8e-6 in the paper for every parameter; LoRA takes ten times that and more.
+  Which rate?                    The default is the paper's 8e-6 where every parameter trains, and 1e-4 for LoRA.
+  What are accuracy and margin?  The share of pairs with p_w > p_l (a tie is wrong), and the mean of lambda (p_w - p_l).
   Several answers?               A row {"prompt", "responses"}, best first, counts as all its pairs, each with weight 2 / (K (K - 1)).
 
+Measured: `python orpo.py` takes the bundled model's held-out accuracy from 0.54 to 0.97, 0.99 and 0.97 with three seeds (README, Results).
+
     python orpo.py                                                    # the bundled model learns to be kind, in a minute
-    python orpo.py --model BASE --data pairs.jsonl                    # every parameter
+    python orpo.py --model BASE --data pairs.jsonl                    # every parameter; BASE: a folder or a Hugging Face Hub name
     python orpo.py --model BASE --data pairs.jsonl --lora-rank 16     # an adapter
 """
 
@@ -50,7 +54,7 @@ def log1mexp(p):
 
 
 def log_odds_ratio(chosen_logps, rejected_logps):
-    """z, equation 4: mean log-probabilities of the answers, (P,) each -> (P,)."""
+    """z, the log of equation 5: mean log-probabilities of the answers, (P,) each -> (P,)."""
     return (chosen_logps - rejected_logps) - (log1mexp(chosen_logps) - log1mexp(rejected_logps))
 
 
@@ -88,6 +92,49 @@ def figures(args, model, batch: dict, prompts_per_token: float) -> dict[str, tor
 def nll_tokens(args, micro_batches: list[dict]) -> float:
     """Tokens that the NLL of a step is the mean over, of all ranks: of the chosen answers, and of the prompts with --nll-on all."""
     return common.over_ranks(sum(len(batch["best"]) + len(batch["other_targets"]) * (args.nll_on == "all") for batch in micro_batches))
+
+
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device, kind="preferences")
+    if args.inspect:
+        return corpus.show(tokenizer)
+    model = load_trained(args, dtype, device)
+
+    def measure() -> dict[str, float]:
+        per_token = len(evaluation.rows()) / nll_tokens(args, list(evaluation.deal(evaluation.rows())))
+        return common.corpus_means(model, evaluation, lambda batch: figures(args, model, batch, per_token))
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = common.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, measure)
+    run.begin()
+
+    for epoch, micro_batches, tokens, prompts in run.steps():
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        sums, per_token = {}, prompts / nll_tokens(args, micro_batches)
+        for batch in micro_batches:
+            part = figures(args, model, batch, per_token)
+            (part["loss"] / prompts).backward()  # a mean over the whole step, over micro-batches and ranks
+            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
+        # --- copied from dpo.py: update ---
+        if run.step == 0:
+            common.check_gradients(model)
+        common.sum_gradients(parameters)  # over ranks, under torchrun
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
+        # --- end ---
+
+    run.show_samples()
+    save_trained(args, model, tokenizer, dtype)
+    run.finish()
+    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
 
 
 # --- copied from lora.py: LoRALinear ---
@@ -147,7 +194,7 @@ def add_training_flags(parser) -> None:
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
@@ -184,49 +231,6 @@ def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
 # --- end ---
 
 
-def train(args) -> None:
-    device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device, kind="preferences")
-    if args.inspect:
-        return corpus.show(tokenizer)
-    model = load_trained(args, dtype, device)
-
-    def measure() -> dict[str, float]:
-        per_token = len(evaluation.rows()) / nll_tokens(args, list(evaluation.deal(evaluation.rows())))
-        return common.corpus_means(model, evaluation, lambda batch: figures(args, model, batch, per_token))
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation, measure)
-    run.begin()
-
-    for epoch, micro_batches, tokens, prompts in run.steps():
-        lr = common.learning_rate(run.step, run.total_steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums, per_token = {}, prompts / nll_tokens(args, micro_batches)
-        for batch in micro_batches:
-            part = figures(args, model, batch, per_token)
-            (part["loss"] / prompts).backward()  # a mean over the whole step, over micro-batches and ranks
-            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
-        # --- copied from dpo.py: update ---
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(epoch, sums, tokens, prompts, lr, grad_norm)
-        # --- end ---
-
-    run.show_samples()
-    save_trained(args, model, tokenizer, dtype)
-    run.finish()
-    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
-
-
 # --- copied from lora.py: saving and loading LoRA ---
 def save_lora(args, model, tokenizer) -> None:
     """The adapter in PEFT's form."""
@@ -239,7 +243,7 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")

@@ -2,7 +2,7 @@
 
 Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (arXiv 2101.00190):
 
-    attention in layer i over  [K_i; keys of the text], [V_i; values of the text]         only K and V are trained
+    attention of layer i reads keys [K_i; keys of the text], values [V_i; values of the text]    only K and V are trained
     prefix = [K_0 V_0 K_1 V_1 ...] = start + MLP(E)         MLP(e) = W2 tanh(W1 e + b1) + b2
 
     prefix                    (P, 2 L kv_dim)   P = --prefix-length, L layers, kv_dim = key-value heads * head_dim
@@ -17,13 +17,14 @@ Choices and departures from the paper
   - The start is that of --init-text, else of tokens sampled from the vocabulary. The MLP is added to it and is 0 at
     first, so that step 0 is exactly the base that reads these tokens before each text. The paper has the MLP alone,
     from random values; where there is little data, it finds a start from real words better, as here.
-  - Keys stand behind the rotary embedding, at positions 0 to P - 1, and the text begins at P. (So PEFT has it.)
+  - Keys stand behind the rotary embedding, at positions 0 to P - 1, and the text begins at P. PEFT does
+    the same.
   - Rows are not packed: each carries the prefix, and is padded on the right.
 
 Questions people ask
   Why an MLP?            Its weights tie layers and positions together; the paper found that more stable than training
                          the prefix itself. It is large: at LLaMA-7B 137 million numbers, for a prefix of 5.2 million.
-  Is a prefix of zeros the base model?   No: a key of 0 has score 0, and takes its part in every softmax.
+  Is a prefix of zeros the base model?   No: a key of 0 has score 0, and so takes its share of every softmax.
   Prefix or prompt?      prompt_tuning.py trains vectors before the first layer, which makes keys and values of them.
                          From the same tokens both start at the same loss; the prefix has many more numbers.
   What does it cost?     P more keys for each query. The base stays whole; nothing can be merged.
@@ -34,7 +35,7 @@ rows (--eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16), two
     --lr 3e-4: 0.966      1e-3: 0.972      --no-reparameterize --lr 1e-2: 1.083      3e-2: 1.002
 
     python prefix_tuning.py                                          # the bundled model learns a task, in a minute
-    python prefix_tuning.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
+    python prefix_tuning.py --model BASE --data train.jsonl          # BASE: a folder or a Hugging Face Hub name
     python prefix_tuning.py --model BASE --data train.jsonl --no-reparameterize --lr 3e-2 --init-text "Think."
     python prefix_tuning.py --model BASE --data more.jsonl --adapter runs/prefix_tuning --output runs/more   # go on
 """
@@ -198,7 +199,7 @@ def save_prefix(args, model, tokenizer) -> None:
 
 
 def load_prefix(model, args) -> None:
-    """Put the prefix of --adapter in front of the model, as the start of further training. Its own length holds."""
+    """Put the prefix of --adapter in front of the model, as the start of further training. Its own length is used."""
     _, tensors = common.load_adapter(args.adapter, model, "PREFIX_TUNING")
     like = keys_and_values(model, [0])  # (1, 2 L, heads, head_dim)
     args.prefix_length = len(tensors.get("prompt_embeddings", ()))
@@ -232,7 +233,7 @@ def main(argv=None) -> None:
     add("--reparameterize", action=argparse.BooleanOptionalAction, default=True,
         help="train through an MLP; without it the prefix itself, which is P-Tuning v2")
     add("--hidden", type=common.number(int, 1), default=None, help="width of the MLP (default: 512)")
-    add("--adapter", metavar="FOLDER", help="go on from this prefix, ours or PEFT's; its length holds")
+    add("--adapter", metavar="FOLDER", help="continue from this prefix, ours or PEFT's; its length is used")
     train(parser.parse_args(argv))
 
 

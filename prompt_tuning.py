@@ -2,7 +2,7 @@
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning" (arXiv 2104.08691):
 
-    h = model([P; E(x)])        log p(x_t | P, x_<t) as in any language model; only P is trained
+    logits = model([P; E(x)])   log p(x_t | P, x_<t) as in any language model; only P is trained
 
     x   input_ids               (B, T)
     E   the model's embedding   (V, d)      frozen, as all of the model is
@@ -30,7 +30,7 @@ rows (--eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16), two
     --lr 1e-3: 1.292      1e-2: 1.211      3e-2: 1.214      1e-1: 1.207      (the default is the smallest that does it)
 
     python prompt_tuning.py                                          # the bundled model learns a task, in a minute
-    python prompt_tuning.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
+    python prompt_tuning.py --model BASE --data train.jsonl          # BASE: a folder or a Hugging Face Hub name
     python prompt_tuning.py --model BASE --data train.jsonl --init text --init-text "Solve the problem step by step."
     python prompt_tuning.py --model BASE --data more.jsonl --adapter runs/prompt_tuning --output runs/more   # go on
 """
@@ -61,7 +61,8 @@ def with_prompt(model, input_ids, attention_mask) -> dict[str, torch.Tensor]:
 
 
 def target_logps(model, input_ids, targets, target_index, attention_mask, **inputs) -> torch.Tensor:
-    """`common.target_logps` behind the prompt. Positions move by p for their own row's prompt and each row's above."""
+    """`common.target_logps` behind the prompt. Flat positions move by p for their own row's prompt and for
+    that of each row above."""
     p = len(model.prompt.embeddings)
     target_index = target_index + p * (target_index // input_ids.shape[1] + 1)
     inputs |= with_prompt(model, input_ids, attention_mask)
@@ -168,7 +169,7 @@ def save_prompt(args, model, tokenizer) -> None:
 
 
 def load_prompt(model, args) -> None:
-    """Put the prompt of --adapter in front of the model. Its own length holds."""
+    """Put the prompt of --adapter in front of the model. Its own length is used."""
     _, tensors = common.load_adapter(args.adapter, model, "PROMPT_TUNING")
     embedding = model.get_input_embeddings().weight
     args.prompt_length = len(tensors.get("prompt_embeddings", ()))
@@ -198,7 +199,7 @@ def main(argv=None) -> None:
         help="their start: sampled embeddings (default), --init-text's, or uniform")
     add("--init-text", metavar="TEXT",
         help="for --init text: its tokens' embeddings, repeated or cut to --prompt-length")
-    add("--adapter", metavar="FOLDER", help="go on from this prompt, ours or PEFT's; its length holds")
+    add("--adapter", metavar="FOLDER", help="continue from this prompt, ours or PEFT's; its length is used")
     train(parser.parse_args(argv))
 
 

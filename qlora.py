@@ -1,25 +1,26 @@
-"""QLoRA: LoRA beside a base whose linear layers are frozen in 4 bits each.
+"""QLoRA: train LoRA beside a base model whose linear layers are frozen in 4 bits per weight.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314), equations 5 and 6:
 
-    y = x dequant(W4)^T + s (x A^T) B^T                   dequant(W4) = code[index] * absmax      one absmax a block of 64
+    y = dequant(W4) x + s B A x                           dequant(W4) = code[index] * absmax
 
-    W4  packed      two 4-bit indices a byte, frozen      A, B, s   as in lora.py, in float32 beside W4
-    code NF4        16 values                             absmax    largest |w| of a block: itself quantised to 8 bits
+    W4  packed      two 4-bit indices per byte, frozen    A, B, s   as in lora.py, in float32 beside W4
+    code NF4        16 values                             absmax    largest |w| of each block of 64: itself quantised to 8 bits
 
-Three ideas make the base small, and the functions below are all of them:
+Three ideas save the memory; the functions below are the first two:
   NF4                   weights are nearly normal, so the 16 codes are quantiles of the normal distribution: each is used about as
                         often. 8 positive, 7 negative and an exact 0, divided by the largest.
-  double quantisation   absmax would cost 32 / 64 = 0.5 bits a weight. Less its mean it is coded in 8 bits again (256 values, dense
-                        near 0), with one float32 a block of 256: 8 / 64 + 32 / (64 * 256) = 0.127 bits.
+  double quantisation   absmax would cost 32 / 64 = 0.5 bits per weight. Less its mean it is coded in 8 bits again (256 values, dense
+                        near 0), with one float32 for each block of 256: 8 / 64 + 32 / (64 * 256) = 0.127 bits.
   paged optimizer       AdamW's states may move to host memory when the GPU runs short (--optimizer paged_adamw8bit).
 So a weight costs 4.127 bits; the run prints what it really costs.
 
 Choices and departures from the paper
   - The products run in bitsandbytes' kernels, which dequantise inside; the functions here give the same packed bytes to the last
     bit, and the same weights back, and are used for merging.
-  - Every linear layer of the blocks is quantised and adapted. Embedding, head and the stream are bfloat16, norms float32.
-  - Rank 16 and alpha 32 as in lora.py (the paper: 64 and 16).
+  - Every linear layer of the blocks is quantised and adapted. Embedding, head and the residual stream are bfloat16,
+    norms float32.
+  - Rank 16 and alpha 32 as in lora.py (the paper: 64 and 16). The paged states have 8 bits (the authors' code: 32).
 
 Questions people ask
   What is merged?       The adapter was trained beside dequant(W4), so --merge adds s B A to that, in float32, and saves bfloat16.
@@ -29,11 +30,11 @@ Questions people ask
   On a CPU?             It runs, in float32, for tests and for reading along; layer sizes must be multiples of 64 there.
 
 Measured: 16 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.605 to 1.240; the base takes 4.127 bits
-a weight in its linear layers, and before quantisation its loss is 1.316. (python qlora.py --eval-fraction 0.004 --max-length 384
---batch-size 2 --max-steps 16, two cores of an AMD EPYC, float32, 2026-11-22.)
+per weight in its linear layers, and before quantisation its loss is 1.316. (python qlora.py --model smollm2-135m --data
+gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16, two cores of an AMD EPYC, float32, 2026-11-22.)
 
     python qlora.py                                                     # the bundled model learns a task, in a minute
-    python qlora.py --model BASE --data train.jsonl --merge
+    python qlora.py --model BASE --data train.jsonl --merge             # BASE: a folder or a Hugging Face Hub name
 """
 
 import logging
@@ -59,7 +60,7 @@ NF4 = torch.tensor([
 
 
 def nf4_quantize(weight: torch.Tensor, block_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight of any shape -> (packed uint8 (ceil(n / 2),), absmax float32, one a block of the flattened weight).
+    """A weight of any shape -> (packed uint8 (ceil(n / 2),), absmax float32, one for each block of the flattened weight).
 
     The index of a weight is that of the nearest code to w / absmax, of the lower one at a tie. The first of two weights takes
     the high four bits of their byte.
@@ -138,7 +139,7 @@ def dequantized(layer) -> torch.Tensor:
 
 
 def bits_per_weight(model) -> float:
-    """What the 4-bit layers really cost: packed bytes, 8-bit absmax, and their float32 scales, in bits a weight."""
+    """What the 4-bit layers really cost: packed bytes, 8-bit absmax, and their float32 scales, in bits per weight."""
     held = weights = 0
     for layer in quantized_layers(model).values():
         state = layer.weight.quant_state
@@ -267,7 +268,7 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
@@ -309,12 +310,13 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/qlora", lr=2e-4)
     add = parser.add_argument_group("QLoRA").add_argument
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
-    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / r")
+    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--dropout", type=common.number(float, 0, 1), default=0.0, help="on the update's input")
-    add("--targets", default="all-linear", help="all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(r), which keeps high ranks learning")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
-    add("--optimizer", choices=["adamw", "paged_adamw8bit"], help="default: paged_adamw8bit on CUDA, adamw elsewhere")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead, which keeps high ranks learning")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    add("--optimizer", choices=["adamw", "paged_adamw8bit"],
+        help="paged 8-bit states are bitsandbytes'; default: paged_adamw8bit on CUDA, adamw elsewhere")
     add("--merge", action="store_true", help="also write the merged model to --output/merged, in bfloat16")
     add("--merge-base", choices=["dequantized", "original"], default="dequantized", help="what --merge adds the update to")
     train(parser.parse_args(argv))

@@ -1,4 +1,5 @@
-"""Reward model: learn from ranked answers how good an answer is, as one number.
+"""Reward model, the second stage of RLHF (reinforcement learning from human feedback): learn from ranked answers how good an answer
+is, as one number.
 
 Ouyang et al. 2022, "Training language models to follow instructions with human feedback" (arXiv 2203.02155), equation 1, which
 for two answers is Bradley and Terry's model of who wins, log p(w beats l) = log sigmoid(r_w - r_l):
@@ -11,14 +12,14 @@ for two answers is Bradley and Terry's model of who wins, log p(w beats l) = log
     y_w, y_l better, worse (P,)  which of the D answers a pair compares; K ranked answers make K (K-1) / 2 pairs
     m        margin  (P,)    0, or the row's "margin": by how much the better answer should win (Llama 2, arXiv 2307.09288)
 
-Choices
+Choices and departures from the paper
   - All K answers to a prompt are in one step, and their pairs together weigh as much as a single pair: as pairs of their own,
     spread over an epoch, each answer would be trained on K-1 times, and the paper found that to overfit.
   - The last token is found from lengths, never from the pad id: where padding is eos, that finds another token. transformers
     finds it by the pad id when it loads the result, so the result gets a pad token that ends no text.
   - The loss sees differences alone, so rewards have no zero. After training, the mean reward of the best answers of the first 512
-    training prompts becomes `reward_offset` in the config, and what reads rewards here subtracts it: 0 is then as good
-    as those. transformers, TRL and vLLM do not know the field and give r itself.
+    training prompts becomes `reward_offset` in the config, and every script here that reads rewards subtracts it: a
+    reward of 0 is then as good as those answers. transformers, TRL and vLLM do not know the field and give r itself.
   - Dropout is off: it would add noise to a difference of two numbers near each other.
   - One epoch, as in the paper: more of them overfit.
 
@@ -26,6 +27,7 @@ Questions people ask
   Sum or mean?       The mean over the prompts of the whole optimizer step, over micro-batches and ranks; within a prompt,
                      the mean over its pairs.
   Loss at step 0?    Near ln 2 = 0.693, but not equal to it: the random head already prefers some answers to others.
+  Which rate?        The default is 1e-5 where every parameter trains, and 1e-4 for LoRA.
   Which base?        A model after SFT (sft.py). One that is a reward model already keeps its head and goes on from it.
   Is accuracy with the margin?  No: `accuracy` is the share of pairs with r_w > r_l (a tie is wrong), `margin` the mean of r_w - r_l.
   Both answers cut?  A row longer than --max-length is cut, and its reward read at the cut. Two answers that are then the same,
@@ -35,10 +37,10 @@ Measured: 19 steps on three quarters of the bundled pairs take SmolLM2-135M's he
 to 0.92, 1.00 and 0.96 with three seeds (--lora-rank 8 --lr 3e-4 --eval-fraction 0.25; bfloat16 on a CPU, 2026-11-22).
 
     python reward_model.py                                             # the bundled model learns to be kind, in a minute
-    python reward_model.py --model SFT --data pairs.jsonl --output runs/reward
-    python reward_model.py --model SFT --data pairs.jsonl --output runs/reward-lora --lora-rank 16
+    python reward_model.py --model runs/sft --data pairs.jsonl --output runs/reward
+    python reward_model.py --model runs/sft --data pairs.jsonl --output runs/reward-lora --lora-rank 16
     python reward_model.py --model runs/reward --score rows.jsonl      # a reward for each row, to --output/scores.jsonl
-    python reward_model.py --model SFT --adapter runs/reward-lora --score rows.jsonl
+    python reward_model.py --model runs/sft --adapter runs/reward-lora --score rows.jsonl
 """
 
 import json
@@ -63,7 +65,6 @@ def pairwise_loss(chosen_rewards, rejected_rewards, margin=None, reduction: str 
     return losses.mean() if reduction == "mean" else losses
 
 
-# --- rewards ---
 def rewards(model, last, **batch) -> torch.Tensor:
     """r of each answer, called as `model.rewards(**batch)`. last (D,): where in the flattened (B * T,) each ends. -> (D,) float32"""
     inputs = common.model_inputs(batch)
@@ -74,7 +75,6 @@ def rewards(model, last, **batch) -> torch.Tensor:
     hidden = hidden.flatten(0, 1).index_select(0, last)  # (D, d)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.float(), model.score.weight.float())[:, 0]
-# --- end ---
 
 
 def figures(batch: dict, rewards) -> dict[str, torch.Tensor]:
@@ -84,56 +84,6 @@ def figures(batch: dict, rewards) -> dict[str, torch.Tensor]:
     losses = pairwise_loss(chosen, rejected, batch["margin"], reduction="none")
     pairs = {"loss": losses, "accuracy": (chosen > rejected).float(), "margin": chosen - rejected}
     return {name: (batch["weight"] * values).sum() for name, values in pairs.items()}
-
-
-# --- copied from lora.py: LoRALinear ---
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x):
-        flat = x.flatten(0, -2)  # (N, in)
-        y = self.base(flat)  # W0 x: (N, out)
-        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
-        return y.view(*x.shape[:-1], -1)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
-        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
-        return self.base
-# --- end ---
-
-
-# --- copied from lora.py: putting LoRA on a model ---
-def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
-    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
-    model.requires_grad_(False)
-    for name, layer in common.linear_layers(model, targets).items():
-        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
-
-
-def lora_layers(model) -> dict[str, LoRALinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """What is trained, under the names that PEFT gives it."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-    return tensors
-# --- end ---
 
 
 def load_reward_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype):
@@ -261,7 +211,6 @@ def show(model, tokenizer, corpus) -> list[tuple[str, str, str]]:
     return shown
 
 
-# --- scoring ---
 def score(model, documents: list[list[int]], batch_size: int, device: torch.device) -> list[float]:
     """r of token lists, without the offset. Padded on the right, the longest first: what does not fit in memory fails at once."""
     order, values = sorted(range(len(documents)), key=lambda n: -len(documents[n])), [0.0] * len(documents)
@@ -276,7 +225,6 @@ def score(model, documents: list[list[int]], batch_size: int, device: torch.devi
             for n, value in zip(chosen, model.rewards(last, input_ids=ids, attention_mask=mask).tolist()):
                 values[n] = value
     return values
-# --- end ---
 
 
 def score_file(args) -> None:
@@ -346,6 +294,56 @@ or through {"PEFT" if lora else "transformers"}, whose rewards are without the o
   python -c "import {"peft, " * lora}transformers as t; {inputs}\"""")
 
 
+# --- copied from lora.py: LoRALinear ---
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)  # (N, in)
+        y = self.base(flat)  # W0 x: (N, out)
+        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        return y.view(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
+        return self.base
+# --- end ---
+
+
+# --- copied from lora.py: putting LoRA on a model ---
+def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
+    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
+    model.requires_grad_(False)
+    for name, layer in common.linear_layers(model, targets).items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def adapter_tensors(model) -> dict[str, nn.Parameter]:
+    """What is trained, under the names that PEFT gives it."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
+    return tensors
+# --- end ---
+
+
 # LoRA's files as in lora.py, with the head beside the adapter, which PEFT saves and loads for task type SEQ_CLS.
 HEAD = "base_model.model.score.weight"
 
@@ -388,8 +386,8 @@ def main(argv=None) -> None:
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the score head), or names such as q_proj,v_proj")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
     args = parser.parse_args(argv)

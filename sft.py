@@ -8,9 +8,10 @@ pretraining loss, on demonstrations, and only on the tokens that the model is to
     y_t      input_ids      a token of a conversation, written by the model's own chat template
     m_t      is_target      1 for the assistant's tokens and its end-of-turn token, 0 for everything else
     N        targets        how many m_t are 1 in the whole optimizer step, over its micro-batches and ranks
+    log p    target_logps   (T,) of the T tokens with m_t = 1 in a micro-batch, in nats, float32
 
 Masks and packing, a worked example. Two conversations, "Hi" -> "Yo" and "2+2?" -> "4", fill one row of the tiny model, which has
-a token a byte. This is what the model gets (tests/test_sft.py makes the table from the real code):
+one token for each byte. This is what the model gets (tests/test_sft.py makes the table from the real code):
 
     document  positions  target  text
            1   0 .. 20   no      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
@@ -28,7 +29,7 @@ a token a byte. This is what the model gets (tests/test_sft.py makes the table f
   - The mask is found by position, never by token id: where padding is eos, a mask by id would drop the end of turn as well.
 `python sft.py --inspect --data YOURS` prints your own first batch, every token marked.
 
-Choices
+Choices and departures from the paper
   - Every parameter trains by default; --lora-rank N trains a LoRA adapter instead (lora.py explains it).
   - --loss-on all takes the prompt's tokens too, as the pretraining loss does. With long answers it changes little; with short
     ones it can help against overfitting (Shi et al. 2024, arXiv 2405.14394).
@@ -38,13 +39,19 @@ Choices
   - --patience N stops when the held-out loss has not fallen for N evaluations and keeps the weights of the lowest.
 
 Questions people ask
+  Sum or mean?         The mean over the targets of the whole optimizer step: 8x1, 4x2 and 1x8 (--batch-size x --grad-accum) give the
+                       same gradient.
+  Which rate?          The default is 2e-5 where every parameter trains, and 2e-4 for LoRA.
   How many epochs?     One to three. After that the held-out loss usually rises while the training loss goes on falling.
   Multi-turn?          All the assistant's turns are targets, in one document. Where the template rewrites earlier turns (dropped
                        thinking), each answer becomes a document of its own.
   Mixing?              --data mine.jsonl general.jsonl:0.2 shows every general row once in five epochs: against forgetting.
 
+Measured: `python sft.py` takes the share of held-out answers that are exactly the data's from 0.00 to 0.89, 0.94 and 0.87, the bundled
+model with three seeds (README, Results).
+
     python sft.py                                                      # the bundled model learns a form of answers
-    python sft.py --model BASE --data chat.jsonl --patience 3          # every parameter
+    python sft.py --model BASE --data chat.jsonl --patience 3          # every parameter; BASE: a folder or a Hugging Face Hub name
     python sft.py --model BASE --data chat.jsonl --lora-rank 16        # an adapter
     torchrun --nproc-per-node 8 sft.py --model BASE --data chat.jsonl --gradient-checkpointing
 """
@@ -76,6 +83,46 @@ def add_neftune(model, alpha: float) -> None:
         return (), inputs | {"input_ids": None, "inputs_embeds": x + scale.to(x.dtype) * torch.empty_like(x).uniform_(-1, 1)}
 
     model.base_model.register_forward_pre_hook(add_noise, with_kwargs=True)
+
+
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer, vocab_size = common.load_tokenizer(args)
+    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
+    if args.inspect:
+        return corpus.show(tokenizer)
+    model = load_trained(args, dtype, device)
+    if args.neftune:
+        add_neftune(model, args.neftune)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = common.decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    # --- copied from lora.py: training loop ---
+    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
+    run.begin()
+    for epoch, micro_batches, tokens, targets in run.steps():
+        lr = common.learning_rate(run.step, run.total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        nll = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch_nll = -model.target_logps(**batch).sum()
+            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            nll += batch_nll.detach()
+        if run.step == 0:
+            common.check_gradients(model)
+        common.sum_gradients(parameters)  # over ranks, under torchrun
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+    # --- end ---
+
+    run.show_samples()
+    save_trained(args, model, tokenizer, dtype)
+    run.finish()
+    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
 
 
 # --- copied from lora.py: LoRALinear ---
@@ -135,7 +182,7 @@ def add_training_flags(parser) -> None:
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="go on from this LoRA adapter, ours or PEFT's; its rank, alpha and targets hold")
+    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
@@ -172,46 +219,6 @@ def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
 # --- end ---
 
 
-def train(args) -> None:
-    device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
-    if args.inspect:
-        return corpus.show(tokenizer)
-    model = load_trained(args, dtype, device)
-    if args.neftune:
-        add_neftune(model, args.neftune)
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    # --- copied from lora.py: training loop ---
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
-    run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
-        lr = common.learning_rate(run.step, run.total_steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        nll = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
-            nll += batch_nll.detach()
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
-    # --- end ---
-
-    run.show_samples()
-    save_trained(args, model, tokenizer, dtype)
-    run.finish()
-    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
-
-
 # --- copied from lora.py: saving and loading LoRA ---
 def save_lora(args, model, tokenizer) -> None:
     """The adapter in PEFT's form."""
@@ -224,7 +231,7 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets hold."""
+    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
     beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
     unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")

@@ -166,6 +166,8 @@ def shrunk(command: str, rows, trained) -> tuple[str, list[str]]:
             word = rows("reward_model" if flag == "--score" else script) + "".join(re.findall(r":[\d.]+$", word))
         elif flag == "--reward" and "/reward" in word and ".py" not in word or flag == "--adapter" and word == "runs/reward-lora":
             word = trained("reward_model", "--lora-rank", "4")
+        elif flag == "--adapter" and word.endswith("-lora"):
+            word = trained(word.removeprefix("runs/").removesuffix("-lora"), "--lora-rank", "4")
         elif flag == "--reward":
             word = word.replace("FILE.py:FUNCTION", "examples/rewards.py:kindness").replace("examples", str(ROOT / "examples"))
         elif flag == "--adapter":
