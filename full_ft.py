@@ -164,7 +164,7 @@ def main(argv=None) -> None:
         help="8-bit states are bitsandbytes'; paged ones move to host memory when the GPU runs short")
     add("--step-in-backward", action="store_true", help="each parameter steps in the backward pass and frees its gradient")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer states in host memory (FSDP2), also on one GPU")
-    add("--pure-bfloat16", action="store_true", help="no float32 masters: 4 to 8 bytes a parameter, but small updates are lost")
+    add("--pure-bfloat16", action="store_true", help="no float32 masters: 4 to 8 bytes per parameter, but small updates are lost")
     add("--l2-sp", type=common.number(float, 0), default=0.0, metavar="ALPHA", help="penalty ALPHA ||w - w0||^2 towards the pretrained weights")
     train(parser.parse_args(argv))
 

@@ -262,7 +262,7 @@ def main(argv=None) -> None:
     demo = {"data": [common.example("pairs.jsonl")], "lr": 1e-3, "batch_size": 8, "epochs": 1, "exact_match": 0}
     parser = common.make_parser(__doc__, demo=demo, output="runs/orpo", lr=None, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("ORPO").add_argument
-    add("--lambda", dest="lambda_", type=common.number(float, 0), default=0.1, help="weight of the odds-ratio term")
+    add("--lambda", dest="lambda_", type=common.number(float, 0), default=0.1, metavar="LAMBDA", help="weight of the odds-ratio term")
     add("--nll-on", choices=["all", "answers"], default="all", help="tokens of the NLL: prompt and chosen answer, or the answer alone")
     add_training_flags(parser)
     args = parser.parse_args(argv)

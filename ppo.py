@@ -793,12 +793,12 @@ def main(argv=None) -> None:
         help="what reward_model.py wrote, or a function of prompts, answers and references (its file is run)")  # fmt: skip
     add("--max-length", type=number(int, 2), default=512, help="tokens of a prompt and its answer; prompts that leave no room are dropped")
     add("--response-length", type=number(int, 1), default=64, help="the most tokens of an answer")
-    add("--temperature", type=number(float, 1e-3), default=1.0, help="of sampling, and so of the log-probabilities everywhere")
+    add("--temperature", type=number(float, 1e-3), default=1.0, help="temperature of sampling, and so of the log-probabilities everywhere")
     add("--unfinished-score", type=score_or_word, default="auto", metavar="SCORE",
         help="of an answer that --response-length cut off; auto: the lowest score of those that ended in the run's first rollout (or in the "
         "evaluation before it), at most -1; none: what the reward says")  # fmt: skip
     add("--rollout-batch-size", type=number(int, 1), default=32, help="answers sampled at once on one device")
-    add("--minibatches", type=number(int, 1), default=4, help="a rollout is this many times --batch-size * --grad-accum prompts (on each rank)")
+    add("--minibatches", type=number(int, 1), default=4, help="a rollout is this many times --batch-size * --grad-accum prompts (in each process)")
     add("--ppo-epochs", type=number(int, 1), default=4, help="passes over each rollout")
     add("--kl-coefficient", type=number(float, 0), default=0.05, help="beta: the price of a nat of KL, where it starts")
     add("--kl-target", type=number(float, 1e-6), help="adapt beta to keep KL here, in nats per answer (Ziegler's is 6); default: beta is fixed")
@@ -807,7 +807,7 @@ def main(argv=None) -> None:
     add("--lam", type=number(float, 0), default=0.95, help="lambda of the generalised advantage estimation")
     add("--clip", type=number(float, 0), default=0.2, help="eps: of the policy's ratio around 1, of the critic's values around the old ones")
     add("--value-coefficient", type=number(float, 0), default=0.1, help="weight of the critic's loss")
-    add("--critic-lr", type=number(float, 0), help="default: --lr")
+    add("--critic-lr", type=number(float, 0), help="peak learning rate of the critic; default: --lr")
     add("--max-kl", type=number(float, 0), default=5.0, help="stop when the policy is this far from the reference, in nats per token")
     add("--min-entropy", type=number(float, 0), default=1e-3, help="stop when the policy's entropy falls below this, in nats per token")
     add("--lora-rank", dest="rank", type=number(int, 0), default=0, metavar="R", help="adapters of this rank, one base for all; 0: a model each")
