@@ -44,8 +44,9 @@ Choices and departures from the papers
   - An answer's tokens depend on --seed, the step and the prompt's number in it, not on the batch, nor on how many ranks there are.
   - An answer cut off at --response-length counts as ended: V_T+1 = 0 there, too.
 
-Four models in the memory of one: with --lora-rank, policy (its adapter on), reference (none on), critic (own adapter, own head) and a
-reward model that is a LoRA on the same base share one frozen base. Without, each is a model of its own. What lies in memory is printed.
+Four models in the memory of one: with --lora-rank or --adapter, policy (its adapter on), reference (none on, or a frozen copy of
+--adapter), critic (own adapter, own head) and a reward model that is a LoRA on the same base share one frozen base. Without, each is a
+model of its own. What lies in memory is printed.
 
 Questions people ask
   Sum or mean?      Losses are means over all answer tokens of a minibatch, whatever the answers' lengths. kl and reward in the
