@@ -61,6 +61,13 @@ class UserError(Exception):
     """Something the user can mend. `launch` prints it as one line that begins `error:` and exits with code 2."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind the help texts, but no None: there the text itself says what holds."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is a UserError: one line instead of the whole usage text. And where neither --model nor
     --data is given, the defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
@@ -72,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
-        if not any(argument.split("=")[0] in ("--model", "--data") for argument in given):
+        if not any(argument.split("=")[0] in ("--model", "--data", "--help", "-h") for argument in given):
             self.set_defaults(**self.demo)
         return super().parse_args(args, namespace)
 
@@ -101,8 +108,8 @@ DEMO = {"data": [example("task.jsonl")], "max_length": 128, "epochs": 3, "eval_f
 def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = None, **defaults) -> Parser:
     """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. demo: defaults where neither
     --model nor --data is given. defaults: the script's own (output, lr ...), of the flags it is without, too."""
-    help_form, yes_no = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
-    parser = Parser(description=doc.split("\n\n")[0], formatter_class=help_form, allow_abbrev=False)
+    yes_no = argparse.BooleanOptionalAction
+    parser = Parser(description=doc.split("\n\n")[0], formatter_class=HelpFormatter, allow_abbrev=False)
     parser.demo = DEMO | (demo or {})
 
     def add(flag: str, **options):
