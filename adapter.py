@@ -198,6 +198,7 @@ def train(args) -> None:
         add_adapters(model, args.bottleneck, args.activation, args.pfeiffer, args.train_norms)
     check_placement(model)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     trainable, total = common.count_parameters(model)
     adapters, norms = (sum(isinstance(module, kind) for module in model.modules()) for kind in (Adapter, TrainedNorm))
     share = f"{trainable / total:.2%}"

@@ -17,6 +17,7 @@ Nothing here knows a fine-tuning method: modules and losses stand in the scripts
 
 import argparse
 import csv
+import gc
 import hashlib
 import inspect
 import io
@@ -33,9 +34,11 @@ import subprocess
 import sys
 import time
 import types
-from contextlib import contextmanager
+import weakref
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -46,11 +49,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -140,6 +146,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
     add("--packing", action=yes_no, default=True, help="fill rows with whole documents that cannot see each other; without it, rows are padded")
     add("--gradient-checkpointing", action=yes_no, default=False, help="recompute blocks in the backward pass: far less memory, a third more time")
     add("--checkpoint-blocks", type=number(int, 1), metavar="N", help="recompute only the first N blocks (implies --gradient-checkpointing)")
+    add("--compile", action=yes_no, default=False,
+        help="fuse what is not attention in the blocks with torch.compile: a minute at the start, then faster steps (README, Scaling out)")
     add("--log-every", type=number(int, 1), default=5, help="steps between logged steps")
     add("--eval-every", type=number(int, 1), default=100, help="steps between evaluations; there is one before and one after, too")
     add("--patience", type=number(int, 0), default=0, metavar="N",
@@ -147,6 +155,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
     add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
     add("--keep", type=number(int, 1), default=1, metavar="N", help="how many complete checkpoints stay, the newest ones")
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
+    add("--estimate", action="store_true", help="print what this command would take on a GPU, part by part, and exit: no GPU and no weights are needed")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
     add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
     add("--exact-match", type=number(int, 0), default=0, metavar="N",
@@ -720,6 +729,18 @@ class Corpus:
                 batch = {name: value[:0] for name, value in batch.items()} | model_inputs(batch)
             yield batch
 
+    def largest(self) -> list[dict]:
+        """The micro-batch of the run that takes the most memory; twice with --grad-accum, where the second one meets gradients."""
+
+        def size(rows: list[list[int]]) -> tuple[int, int]:
+            documents = [document for row in rows for document in row]
+            lengths = self.lengths[documents]
+            return lengths.sum() if self.args.packing else len(documents) * lengths.max(), self.targets[documents].sum()
+
+        steps = (self.rows(epoch)[first : first + self.rows_per_step] for epoch, first in self.plan())
+        batches = (rows[i : i + self.args.batch_size] for rows in steps for i in range(0, len(rows), self.args.batch_size))
+        return [self.collate(max(batches, key=size))] * min(2, self.args.grad_accum)
+
     def collate(self, rows: list[list[int]]) -> dict:
         """Rows -> one micro-batch for `target_logps`, on the device.
 
@@ -846,6 +867,101 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+with_data = _disable_current_modes  # tensors made in a with block of it have data, with --estimate, too
+
+
+class Estimate(TorchDispatchMode):
+    """--estimate: the script itself, on tensors that have a shape and no data (PyTorch's FakeTensorMode), for two optimizer steps on
+    the run's largest micro-batch. This follows every storage from the operation that makes it to its end, as a GPU's allocator does."""
+
+    READS = {torch.ops.aten._local_scalar_dense.default: 0, torch.ops.aten.allclose.default: True}  # of numbers, which are not there
+
+    def __init__(self, offload: bool):
+        super().__init__()
+        self.modes, self.fake, self.offload = ExitStack(), FakeTensorMode(), offload
+        self.held, self.live, self.peak = {}, 0, 0  # storages and their bytes; bytes now, and at most, on the GPU
+        self.trained, self.weights, self.states = [], 0, 0
+
+    def start(self) -> None:
+        """From here on no tensor has data."""
+        if not self.held:
+            resize = torch.UntypedStorage.resize_  # with which FSDP2 frees what it has gathered
+
+            def resize_and_follow(storage, size: int):
+                resize(storage, size)
+                self.follow(storage)
+
+            self.modes.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_and_follow))
+            self.modes.enter_context(self.fake)
+            self.modes.enter_context(self)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:  # first its own rules, then what they do with this rank's part
+            return NotImplemented
+        if func in self.READS:
+            return self.READS[func]
+        out = func(*args, **(kwargs or {}))
+        self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()  # its weak references would forbid Module.to
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.follow(tensor.untyped_storage())
+        return out
+
+    def follow(self, storage) -> None:
+        key, size = storage._cdata, self.rounded(storage.nbytes())
+        known = self.held.get(key)
+        if known is None or known[1] != size:
+            self.held[key] = weakref.ref(storage, lambda _: self.forget(key)), size
+            self.live += size - (known[1] if known else 0)
+            if self.live - self.offload * (self.weights + self.states) > self.peak:
+                gradients = self.bytes_of(p.grad for p in self.trained)
+                on_gpu = self.live - self.offload * (self.weights + self.states + gradients)
+                if on_gpu > self.peak:
+                    self.peak, self.gradients = on_gpu, gradients
+
+    def forget(self, key: int) -> None:
+        self.live -= self.held.pop(key)[1]
+
+    @staticmethod
+    def rounded(size: int) -> int:
+        return -(-size // 512) * 512  # as PyTorch's allocator does
+
+    def bytes_of(self, tensors) -> int:
+        """Of this rank's parts of tensors."""
+        local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        return sum(self.rounded(tensor.numel() * tensor.itemsize) for tensor in local)
+
+    def steps(self, model, optimizers: list, corpus: Corpus):
+        """In place of `Run.steps`: two steps, since optimizer states exist from the second on. Then prints the table and ends the script."""
+        gc.collect()  # what loading has left behind
+        self.trained, self.weights = [p for p in model.parameters() if p.requires_grad], self.live
+        with with_data():
+            micro_batches = corpus.largest()
+        micro_batches = tree_map(lambda x: self.fake.from_tensor(x) if isinstance(x, torch.Tensor) else x, micro_batches)
+        for tensor in tree_leaves(micro_batches):
+            if isinstance(tensor, torch.Tensor):
+                self.follow(tensor.untyped_storage())
+        for _ in range(2):
+            self.peak = 0
+            yield 0.0, micro_batches, 1, 1
+            self.states = self.bytes_of(x for optimizer in optimizers for state in optimizer.state.values() for x in state.values())
+        self.modes.close()
+        say(self.table(micro_batches[0]["input_ids"].numel()))
+        sys.exit(0)
+
+    def table(self, tokens: int) -> str:
+        """What lies on the GPU, and with --offload in host memory, when the GPU holds most."""
+        if self.offload:
+            self.gradients = self.bytes_of(self.trained)
+        kept = {"parameters": self.weights, "gradients": self.gradients, "optimizer states": self.states}
+        rest = self.peak - (0 if self.offload else sum(kept.values()))
+        rows = [(name, 0, size) if self.offload else (name, size, 0) for name, size in kept.items()]
+        rows += [("activations and loss buffers", rest, 0), ("together", self.peak, self.offload * sum(kept.values()))]
+        lines = [f"{f'estimate, {tokens:,} tokens in a micro-batch':44} {'GPU, GiB':>10}" + f" {'host, GiB':>10}" * self.offload]
+        lines += [f"{name:44} {gpu / 2**30:10.3f}" + f" {host / 2**30:10.3f}" * self.offload for name, gpu, host in rows]
+        return "\n".join([*lines, "on top of it: CUDA's context, about 0.5 GiB, and what the allocator loses in gaps"])
+
+
 def setup(args) -> tuple[torch.device, torch.dtype]:
     """Seed, pick the device, join the other ranks under torchrun. -> (device, dtype of the computation)"""
     transformers.logging.set_verbosity_error()
@@ -853,6 +969,9 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    args.gradient_checkpointing |= args.checkpoint_blocks is not None
+    if args.estimate:
+        return estimate_setup(args, ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -862,9 +981,22 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
         # hours, because the others wait while rank 0 tokenises, and while it writes a checkpoint
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4), **alone)
     torch.manual_seed(args.seed)
-    args.gradient_checkpointing |= args.checkpoint_blocks is not None
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "mps"
     return device, torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and has_bfloat16 else torch.float32
+
+
+def estimate_setup(args, ranks: int) -> tuple[torch.device, torch.dtype]:
+    """`setup` for --estimate. As on a GPU, but the tensors say that they are on a CPU: CUDA's need CUDA, even without data. One of W
+    ranks alone, in a process group that sends nothing; a WORLD_SIZE in the environment is enough for it."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(0)
+    offload = getattr(args, "offload", False)
+    if ranks > 1 or offload:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    args.estimate = Estimate(offload)
+    return torch.device("cpu"), torch.float32 if args.dtype == "float32" else torch.bfloat16
 
 
 def tiny_model() -> torch.nn.Module:
@@ -939,6 +1071,8 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
     head "score": a sequence classifier with one label in place of the causal LM, and no target_logps. Its head is random
     where the model on disk has none. name and flag as in `from_hub`."""
     weight_dtype, name = weight_dtype or dtype, name or args.model
+    if args.estimate:
+        args.estimate.start()
     if name == "random":
         model = tiny_model().to(weight_dtype)
         if head == "score":
@@ -948,7 +1082,12 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
     else:  # safetensors only: a pickle can run code while it loads
         auto_class = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
         options = {} if head == "lm" else {"num_labels": 1}
-        model, found = from_hub(auto_class, args, name, flag, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options)
+        if args.estimate:
+            config = from_hub(transformers.AutoConfig, args, name, flag, **options)
+            model = auto_class.from_config(config, dtype=weight_dtype, trust_remote_code=args.trust_remote_code)
+            found = {"missing_keys": [], "unexpected_keys": []}
+        else:
+            model, found = from_hub(auto_class, args, name, flag, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options)
         missing = sorted(name for name in found["missing_keys"] if head == "lm" or not name.startswith("score."))
         if missing:  # transformers would fill them with random numbers
             raise UserError(f"{flag} {name}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
@@ -959,7 +1098,7 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
     if longest and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     model.to(device)
-    model.padded_attention, model.base_fingerprint = model.config._attn_implementation, fingerprint(model)
+    model.padded_attention, model.base_fingerprint = model.config._attn_implementation, "" if args.estimate else fingerprint(model)
     make_lean(model)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != weight_dtype):
         if args.packing:
@@ -1037,9 +1176,19 @@ def make_lean(model) -> None:
                 weight = module.weight if forward is fused_norm else module.gate_proj.weight
                 x = torch.linspace(-3, 3, 2 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(2, -1)
                 own, lean = module(x).float(), forward(module, x).float()
-                if (own - lean).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
+                if isinstance(own, FakeTensor) or (own - lean).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
                     module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward})
     model.train(was_training)
+
+
+def compile_blocks(model, args) -> None:
+    """--compile: every part of a block but its attention (norms and MLP, with what a method has put on them) becomes one compiled
+    function for all blocks and row lengths. Attention stays as it is: a graph with it would be compiled anew for every other number of
+    documents in a row, and within a recomputed block not at all."""
+    for block in blocks(model) if args.compile and not args.estimate else []:
+        for part in block.children():
+            if "Attention" not in type(part).__name__:
+                part.compile(dynamic=True)
 
 
 def linear_layers(model, targets: str) -> dict[str, torch.nn.Linear]:
@@ -1086,7 +1235,8 @@ def shard(model, dtype: torch.dtype, device: torch.device, offload: bool = False
     """FSDP2 (ZeRO-3): each of W ranks keeps 1/W of every parameter, frozen ones too. A block is gathered in dtype just before it
     runs and freed after; gradients are summed over ranks, not averaged. With offload the shards, and with them gradients and
     optimizer states, lie in host memory."""
-    options = {"mesh": init_device_mesh(device.type, (world_size(),))}
+    with with_data():
+        options = {"mesh": init_device_mesh(device.type, (world_size(),))}
     options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -1134,7 +1284,7 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
     window = sliding_window if sliding_window is not None and sliding_window < longest else None  # itself and window - 1 before
     if torch.is_autocast_enabled(query.device.type):  # rotary embedding has made queries and keys float32 again
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+    if (query.is_cuda or isinstance(query, FakeTensor)) and query.dtype != torch.float32 and not dropout:
         gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13, not 2.11
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, T, head_dim) -> (T, H, head_dim)
         side = (window - 1 if window else -1, 0)
@@ -1189,7 +1339,7 @@ def choose_packed_attention(model, exact: bool) -> None:
         except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError):
             continue
         # the mean, because in bfloat16 single values differ by some per cent between the two shapes
-        if (packed - alone).abs().mean() <= (1e-3 if exact else 0.05) * alone.abs().mean():
+        if isinstance(packed, FakeTensor) or (packed - alone).abs().mean() <= (1e-3 if exact else 0.05) * alone.abs().mean():
             return
     raise UserError(f"{type(model).__name__} lets packed documents see each other: use --no-packing")
 
@@ -1622,6 +1772,7 @@ class Run:
     MAY_DIFFER = {
         "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep",
         "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard", "trust_remote_code",
+        "compile", "estimate",
     }  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
@@ -1634,6 +1785,9 @@ class Run:
         self.show = show or (lambda: samples(model, tokenizer, evaluation or corpus, max(args.samples, args.exact_match)))
         self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, corpus.device
         self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
+        if args.estimate:
+            self.step = 1  # past the checks of step 0
+            return
         if self.total_steps == 0 and args.max_steps is None:
             raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
         self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
@@ -1703,11 +1857,13 @@ class Run:
 
     def begin(self) -> None:
         """Held-out loss and samples before the first step; from here on the clock runs."""
+        self.model.train()
+        if self.args.estimate:
+            return
         if self.step == 0:
             self.evaluate()
             self.before = self.show()
             self.measure_answers(self.before)
-        self.model.train()
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def evaluate(self) -> None:
@@ -1731,6 +1887,8 @@ class Run:
         since the last logged one, divided by the sum of count, what the loss is the mean over. tokens, count: of all ranks.
         sums and grad_norm stay on the device until a step is logged, so that the host never waits for the GPU in between.
         """
+        if self.args.estimate:
+            return
         self.step, self.tokens, self.window_count = self.step + 1, self.tokens + tokens, self.window_count + count
         self.unread.append(torch.stack([value.detach().float() for value in sums.values()]))
         self.bar.update()
@@ -1807,6 +1965,8 @@ class Run:
 
     def steps(self):
         """`Corpus.steps` from where the run stands, until --patience has run out. Then the best weights are taken back."""
+        if self.args.estimate:
+            yield from self.args.estimate.steps(self.model, self.optimizers, self.corpus)
         for step in self.corpus.steps(self.step):
             if self.enough():
                 say(f"step {self.step}: the held-out loss has not fallen for {self.stale} evaluations")
@@ -1914,4 +2074,6 @@ class Run:
     def finish(self) -> None:
         """The last line of metrics.jsonl: everything that the run was to write has been written."""
         self.bar.close()
+        if self.device.type == "cuda":
+            say(f"measured: {peak_memory_gib(self.device):.3f} GiB at most on the GPU; --estimate says what of")
         self.write(done=True, step=self.step, eval_loss=self.eval_loss, tokens=self.tokens, seconds=round(time.perf_counter() - self.started, 1))

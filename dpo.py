@@ -151,6 +151,8 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     The file is written first unless it is there, of the same model and data. The first epoch's batches are those of training:
     in bfloat16 an answer alone and the same in another batch differ by up to 0.3 nats."""
     path, device = Path(args.output) / "reference.safetensors", corpus.device
+    if args.estimate:
+        return lambda batch: torch.zeros(len(batch["last"]), device=device)
     rows = [corpus.planned_rows(), evaluation.rows() if evaluation else []]
     about = [model.base_fingerprint, str(dtype), args.packing, corpus.digests, hashlib.sha256(str(rows).encode()).hexdigest()]
     about, logps = {"about": json.dumps(about)}, None
@@ -310,6 +312,7 @@ def load_trained(args, dtype: torch.dtype, device: torch.device):
     elif args.rank:
         add_lora(model, args.targets, args.rank, args.alpha)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     if not lora:
         common.parallelize(model, dtype, device, args.offload)
     elif args.shard:

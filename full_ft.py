@@ -105,6 +105,7 @@ def train(args) -> None:
     place = torch.device("cpu") if sharded else device  # sharding takes a block at a time to the GPU: the whole may not fit
     model = common.load_model(args, dtype, place, weight_dtype=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     common.parallelize(model, dtype, device, args.offload)
     common.say(f"all {common.count_parameters(model)[0]:,} parameters train")
 

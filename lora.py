@@ -107,6 +107,7 @@ def train(args) -> None:
     else:
         add_lora(model, args.targets, args.rank, args.alpha, args.dropout, args.rslora)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     if args.shard:
         common.shard(model, dtype, device)
     trainable, total = common.count_parameters(model)

@@ -672,6 +672,7 @@ def train(args) -> None:
     policy, critic = roles["policy"], roles["critic"]
     for model in {policy.model, critic.model}:
         common.checkpoint_blocks(model, args)
+        common.compile_blocks(model, args)
     stop, plan = common.stop_ids(policy.model, tokenizer), corpus.plan()
 
     def rollout_of(step: int) -> Rollout:

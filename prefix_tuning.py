@@ -153,6 +153,7 @@ def train(args) -> None:
     else:
         start = keys_and_values(model, starting_tokens(model, tokenizer, args.prefix_length, args.init_text))
         add_prefix(model, start, args.hidden if args.reparameterize else 0, args.max_length)
+    common.compile_blocks(model, args)
     trainable, total = common.count_parameters(model)
     share, kept = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})", model.prefix.start.numel()
     common.say(f"{share}; {kept:,} are kept, {args.prefix_length} positions in each layer")

@@ -122,6 +122,7 @@ def train(args) -> None:
         start = initial_prompt(model, tokenizer, args.prompt_length, args.init, args.init_text)
         add_prompt(model, start, args.max_length)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     trainable, total = common.count_parameters(model)
     share = f"{trainable:,} of {total:,} parameters train ({trainable / total:.3%})"
     common.say(f"{share}: {args.prompt_length} vectors before every text")

@@ -111,13 +111,17 @@ def quantize(model, dtype: torch.dtype, device: torch.device) -> None:
     for name, layer in common.linear_layers(model, "all-linear").items():
         if device.type == "cpu" and (layer.in_features % 64 or layer.out_features % 64):
             raise common.UserError(f"{name}: 4-bit layers on a CPU need sizes in multiples of 64, not {tuple(layer.weight.shape)}")
-        small = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, device="meta")
-        small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-        small.bias = layer.bias
-        model.set_submodule(name, small.to(device))  # moving it quantises it
+        with common.with_data():
+            small = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, device="meta")
+        weight = layer.weight.data.contiguous().to(device)
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        small.weight, small.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+        small.weight.quant_state = state  # a bitsandbytes.nn.Params4bit has it, too, but cannot be a tensor without data (--estimate)
+        model.set_submodule(name, small)
         if device.type == "cpu":  # bitsandbytes repacks the weight in eval mode, after which no gradient comes through
             small.train = lambda mode=True, small=small: small
-    model.to(device)
+    if model.device != device:
+        model.to(device)
     for block in (model, *common.blocks(model)):
         for norm in [child for child in block.modules() if type(child).__name__.endswith("Norm")]:
             norm.float()  # and back into the stream's dtype behind it, once
@@ -200,7 +204,7 @@ def adapter_tensors(model) -> dict[str, nn.Parameter]:
 
 def make_optimizer(groups, args, device: torch.device):
     """AdamW with bitsandbytes' paged 8-bit states on CUDA, plain AdamW elsewhere."""
-    kind = args.optimizer or ("paged_adamw8bit" if device.type == "cuda" else "adamw")
+    kind = args.optimizer or ("paged_adamw8bit" if device.type == "cuda" or args.estimate else "adamw")
     common.say(f"optimizer: {kind}")
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr, fused=True)
@@ -221,6 +225,7 @@ def train(args) -> None:
     else:
         add_lora(model, args.targets, args.rank, args.alpha, args.dropout, args.rslora)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     trainable, total = common.count_parameters(model)
     common.say(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), in {len(lora_layers(model))} layers")
 

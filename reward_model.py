@@ -151,6 +151,7 @@ def train(args) -> None:
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     common.disable_dropout(model)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     if not lora:
         common.parallelize(model, dtype, device, args.offload, method="rewards")
     common.say("{:,} of {:,} parameters train".format(*common.count_parameters(model)))

@@ -202,6 +202,7 @@ def load_trained(args, dtype: torch.dtype, device: torch.device):
     elif args.rank:
         add_lora(model, args.targets, args.rank, args.alpha)
     common.checkpoint_blocks(model, args)
+    common.compile_blocks(model, args)
     if not lora:
         common.parallelize(model, dtype, device, args.offload)
     elif args.shard:

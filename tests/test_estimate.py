@@ -1,0 +1,111 @@
+"""--estimate: closed forms, the same steps on real tensors, and (marked cuda) the allocator of a GPU."""
+
+import importlib
+import types
+from contextlib import nullcontext
+
+import conftest
+import pytest
+import torch
+from conftest import ROOT, read_metrics
+
+import common
+
+
+class Real(common.Estimate):
+    """The same steps, followed in the same way, on tensors that have data and with kernels that run."""
+
+    READS = {}
+
+    def __init__(self, offload):
+        super().__init__(offload)
+        self.fake = nullcontext()
+        self.fake.from_tensor = lambda tensor: tensor
+        self.fake.fake_tensor_converter = types.SimpleNamespace(meta_converter=types.SimpleNamespace(tensor_memo={}))
+
+
+def estimate(monkeypatch, script: str, *flags, kind=common.Estimate) -> common.Estimate:
+    """A script's --estimate, on rows of examples/."""
+    made = []
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})  # a cache of tensors: with data and without must not meet
+    monkeypatch.setattr(common, "Estimate", lambda offload: made.append(kind(offload)) or made[0])
+    data = "pairs.jsonl" if script in ("dpo", "orpo", "reward_model") else "format.jsonl"
+    model = [] if "--model" in flags else conftest.RANDOM
+    try:
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(script).main([*model, "--data", str(ROOT / "examples" / data), "--estimate", *flags])
+    finally:
+        made[0].modes.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert stop.value.code == 0
+    return made[0]
+
+
+def rounded(tensors) -> int:
+    return sum(-(-tensor.numel() * tensor.itemsize // 512) * 512 for tensor in tensors)
+
+
+def test_what_lasts_has_closed_forms(monkeypatch, tmp_path, capsys):
+    """Full fine-tuning holds 4 + 4 + 8 bytes a parameter, and LoRA, in bfloat16, 2 a frozen one and 16 a trained one."""
+    model, output = common.tiny_model(), ["--grad-accum", "2", "--output", str(tmp_path / "run")]  # the second micro-batch meets gradients
+    parameters, buffers = list(model.parameters()), rounded(model.buffers())
+    full = estimate(monkeypatch, "full_ft", *output)
+    assert full.weights == rounded(parameters) + buffers and full.gradients == rounded(parameters)
+    assert full.states == 2 * rounded(parameters) + 512 * len(parameters)  # and a step counter each
+    lora = estimate(monkeypatch, "lora", *output, "--rank", "4")
+    shapes = [tuple(layer.weight.shape) for layer in common.linear_layers(model, "all-linear").values()]
+    adapters = [torch.empty(4, size) for shape in shapes for size in shape]
+    assert lora.weights == rounded(p.bfloat16() for p in parameters) + buffers + rounded(adapters)
+    assert lora.gradients == rounded(adapters) and lora.states == 2 * rounded(adapters) + 512 * len(adapters)
+    assert not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    for name in ("parameters", "gradients", "optimizer states", "activations and loss buffers", "together"):
+        assert printed.count(f"\n{name} ") == 2
+
+
+def test_ranks_and_host_memory_share_what_lasts(monkeypatch):
+    """Each of 4 ranks has a quarter; with --offload none of it is on the GPU."""
+    one, offloaded = estimate(monkeypatch, "full_ft"), estimate(monkeypatch, "full_ft", "--offload")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four = estimate(monkeypatch, "full_ft")
+    for name in ("weights", "states"):
+        assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, rel=0.05)
+        assert getattr(offloaded, name) == pytest.approx(getattr(one, name), rel=0.01)
+    assert offloaded.peak < one.peak - one.states
+
+
+SHORT = ["--dtype", "float32", "--batch-size", "2", "--max-length", "256"]
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("lora", []), ("lora", ["--gradient-checkpointing"]), ("lora", ["--no-packing"]), ("full_ft", ["--grad-accum", "2"]),
+    ("full_ft", ["--gradient-checkpointing", "--l2-sp", "0.1"]), ("full_ft", ["--step-in-backward", "--max-grad-norm", "0"]),
+    ("dora", []), ("adapter", []), ("prefix_tuning", []), ("prompt_tuning", []), ("qlora", ["--optimizer", "adamw"]), ("sft", ["--neftune", "5"]),
+    ("reward_model", []), ("dpo", []), ("dpo", ["--lora-rank", "4"]), ("orpo", []),
+], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
+def test_the_peak_is_that_of_real_tensors(script, flags, monkeypatch):
+    expected = estimate(monkeypatch, script, *SHORT, *flags, kind=Real)
+    ours = estimate(monkeypatch, script, *SHORT, *flags)
+    assert (ours.weights, ours.states) == (expected.weights, expected.states)
+    assert ours.peak == pytest.approx(expected.peak, rel=0.03)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("script, flags", [("lora", []), ("lora", ["--gradient-checkpointing"]), ("full_ft", []), ("dpo", ["--lora-rank", "16"])])
+def test_the_peak_is_that_of_a_gpu(script, flags, tmp_path, monkeypatch):
+    """Within 15 %, on a model of 0.3 billion parameters."""
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    common.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--batch-size", "8", "--max-steps", "20", "--samples", "0", "--output", str(tmp_path / "run"), *flags]
+    ours = estimate(monkeypatch, script, *flags)
+    monkeypatch.undo()
+    torch.cuda.reset_peak_memory_stats()
+    data = "pairs.jsonl" if script == "dpo" else "format.jsonl"
+    importlib.import_module(script).main([*flags, "--data", str(ROOT / "examples" / data)])
+    measured = [line["peak_memory_gib"] for line in read_metrics(tmp_path / "run") if "peak_memory_gib" in line][-1]
+    assert ours.peak / 2**30 == pytest.approx(measured, rel=0.15)
