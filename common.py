@@ -931,12 +931,10 @@ class Estimate(TorchDispatchMode):
         local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
         return sum(self.rounded(tensor.numel() * tensor.itemsize) for tensor in local)
 
-    def steps(self, model, optimizers: list, corpus: Corpus):
+    def steps(self, model, optimizers: list, micro_batches: list[dict]):
         """In place of `Run.steps`: two steps, since optimizer states exist from the second on. Then prints the table and ends the script."""
         gc.collect()  # what loading has left behind
         self.trained, self.weights = [p for p in model.parameters() if p.requires_grad], self.live
-        with with_data():
-            micro_batches = corpus.largest()
         micro_batches = tree_map(lambda x: self.fake.from_tensor(x) if isinstance(x, torch.Tensor) else x, micro_batches)
         for tensor in tree_leaves(micro_batches):
             if isinstance(tensor, torch.Tensor):
@@ -1585,7 +1583,8 @@ def load_adapter(folder: str, model, peft_type: str, flag: str = "--adapter") ->
     """-> (config, tensors) of an adapter folder, ours or PEFT's. Refused if it was trained on another base. flag: what named the folder."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
+        with with_data():
+            tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"{flag} {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
     if not isinstance(config, dict) or config.get("peft_type") != peft_type:
@@ -1595,6 +1594,8 @@ def load_adapter(folder: str, model, peft_type: str, flag: str = "--adapter") ->
     for key in ("r", "lora_alpha") if peft_type == "LORA" else ():
         if type(config.get(key)) not in (int, float) or not 0 < config[key] < 2**20:
             raise UserError(f"{flag} {folder}: {key} in its adapter_config.json is {config.get(key)!r}")
+    if isinstance(model.get_input_embeddings().weight, FakeTensor):
+        return config, {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
     if "base_fingerprint" not in config:
         say(f"{flag} {folder} names no base fingerprint: it is taken on trust that it belongs to this model")
     elif config["base_fingerprint"] != model.base_fingerprint:
@@ -1966,7 +1967,9 @@ class Run:
     def steps(self):
         """`Corpus.steps` from where the run stands, until --patience has run out. Then the best weights are taken back."""
         if self.args.estimate:
-            yield from self.args.estimate.steps(self.model, self.optimizers, self.corpus)
+            with with_data():
+                micro_batches = self.corpus.largest()
+            yield from self.args.estimate.steps(self.model, self.optimizers, micro_batches)
         for step in self.corpus.steps(self.step):
             if self.enough():
                 say(f"step {self.step}: the held-out loss has not fallen for {self.stale} evaluations")

@@ -697,6 +697,8 @@ def train(args) -> None:
     optimizers = [torch.optim.Adam(parameters, lr=0.0, eps=1e-5, fused=True) for parameters in weights]  # [7]
     run = common.Run(args, trained, tokenizer, optimizers, corpus, evaluation, measure, show=list)
     run.begin()
+    if args.estimate:
+        estimate(args, trained, policy, critic, optimizers, corpus)
     run.own.setdefault("kl_coefficient", args.kl_coefficient)
     rollout = rollout_of(run.step) if run.step < run.total_steps else None
 
@@ -766,6 +768,31 @@ def train(args) -> None:
         common.save_trained(Path(args.output), policy.model, tokenizer, dtype, args.trust_remote_code)
     run.finish()
     common.say_how_to_use(args, adapter=lora)
+
+
+def estimate(args, trained, policy: Role, critic: Role, optimizers: list, corpus) -> None:
+    """--estimate: the keys and values of a rollout, then an update, both on the longest prompts with answers of full length."""
+    documents = sorted(np.concatenate([part for part, _ in corpus.sources]).tolist(), key=lambda document: -corpus.lengths[document])
+    prompts = [corpus.table[document]["input_ids"][: corpus.lengths[document]].tolist() for document in documents[: args.batch_size]]
+    mask, config = torch.ones(len(prompts), args.response_length, dtype=torch.bool), policy.model.config.get_text_config()
+    with common.with_data():
+        batch = collate(prompts, [[0] * args.response_length] * len(prompts), corpus.pad_id, corpus.device)
+    positions = args.rollout_batch_size * (len(prompts[0]) + args.response_length)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    for _, micro_batches, _, _ in args.estimate.steps(trained, optimizers, [batch] * min(2, args.grad_accum)):
+        torch.empty(2, config.num_hidden_layers, positions, width, dtype=policy.dtype)
+        old = torch.zeros(mask.shape)
+        for batch in micro_batches:
+            with policy.on_stage():
+                logps = as_rows(policy.logps(batch, args.temperature), mask)
+                policy_loss(logps, old, old, mask, args.clip, mask.numel())[0].backward()
+            with critic.on_stage():
+                value_loss(as_rows(critic.values(**batch), mask), old, old, mask, args.clip, mask.numel()).backward()
+        for optimizer in optimizers:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def check_ratio(logps, old_logps, exact: bool) -> None:
