@@ -1,8 +1,10 @@
 """--estimate: closed forms, the same steps on real tensors, and (marked cuda) the allocator of a GPU."""
 
 import importlib
+import os
 import types
 from contextlib import nullcontext
+from pathlib import Path
 
 import conftest
 import pytest
@@ -12,16 +14,32 @@ from conftest import ROOT, read_metrics
 import common
 
 
+class NoFake(nullcontext):
+    """In the place of a FakeTensorMode."""
+
+    fake_tensor_converter = types.SimpleNamespace(meta_converter=types.SimpleNamespace(tensor_memo={}))
+
+    def from_tensor(self, tensor):
+        return tensor
+
+    def __bool__(self):
+        return False
+
+
 class Real(common.Estimate):
     """The same steps, followed in the same way, on tensors that have data and with kernels that run."""
 
-    READS = {}
-
     def __init__(self, offload):
         super().__init__(offload)
-        self.fake = nullcontext()
-        self.fake.from_tensor = lambda tensor: tensor
-        self.fake.fake_tensor_converter = types.SimpleNamespace(meta_converter=types.SimpleNamespace(tensor_memo={}))
+        self.fake = NoFake()
+
+
+def few_rows(script: str) -> Path:
+    """The first rows of one of examples/'s files."""
+    source = ROOT / "examples" / ("pairs.jsonl" if script in ("dpo", "orpo", "reward_model", "ppo") else "format.jsonl")
+    path = Path(os.environ["HF_DATASETS_CACHE"]) / source.name
+    path.write_text("".join(source.read_text(encoding="utf-8").splitlines(keepends=True)[:12]), encoding="utf-8")
+    return path
 
 
 def estimate(monkeypatch, script: str, *flags, kind=common.Estimate) -> common.Estimate:
@@ -30,17 +48,28 @@ def estimate(monkeypatch, script: str, *flags, kind=common.Estimate) -> common.E
     bitsandbytes = importlib.import_module("bitsandbytes")
     monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})  # a cache of tensors: with data and without must not meet
     monkeypatch.setattr(common, "Estimate", lambda offload: made.append(kind(offload)) or made[0])
-    data = "pairs.jsonl" if script in ("dpo", "orpo", "reward_model") else "format.jsonl"
     model = [] if "--model" in flags else conftest.RANDOM
+    data = [] if "--data" in flags else ["--data", str(few_rows(script))]
     try:
         with pytest.raises(SystemExit) as stop:
-            importlib.import_module(script).main([*model, "--data", str(ROOT / "examples" / data), "--estimate", *flags])
+            importlib.import_module(script).main([*model, *data, "--estimate", *flags])
     finally:
         made[0].modes.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert stop.value.code == 0
     return made[0]
+
+
+@pytest.fixture(autouse=True)
+def two_layers(monkeypatch):
+    tiny = common.tiny_model
+    monkeypatch.setattr(common, "tiny_model", lambda: cut(tiny()))
+
+
+def cut(model):
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
+    return model
 
 
 def rounded(tensors) -> int:
@@ -54,6 +83,7 @@ def test_what_lasts_has_closed_forms(monkeypatch, tmp_path, capsys):
     full = estimate(monkeypatch, "full_ft", *output)
     assert full.weights == rounded(parameters) + buffers and full.gradients == rounded(parameters)
     assert full.states == 2 * rounded(parameters) + 512 * len(parameters)  # and a step counter each
+    assert full.peak > full.weights + full.gradients + full.states
     lora = estimate(monkeypatch, "lora", *output, "--rank", "4")
     shapes = [tuple(layer.weight.shape) for layer in common.linear_layers(model, "all-linear").values()]
     adapters = [torch.empty(4, size) for shape in shapes for size in shape]
@@ -74,16 +104,27 @@ def test_ranks_and_host_memory_share_what_lasts(monkeypatch):
         assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, rel=0.05)
         assert getattr(offloaded, name) == pytest.approx(getattr(one, name), rel=0.01)
     assert offloaded.peak < one.peak - one.states
+    assert four.peak < one.peak - 0.7 * (one.weights + one.states)  # what FSDP2 gathers it frees again
+
+
+def test_recomputing_takes_less_and_the_largest_micro_batch_is_taken(monkeypatch, capsys):
+    short = ["--batch-size", "1", "--max-length", "128"]
+    kept, recomputed = (estimate(monkeypatch, "lora", *short, *flags) for flags in ([], ["--gradient-checkpointing"]))
+    assert recomputed.peak < 0.9 * kept.peak
+    args = common.make_parser("", output="unused", lr=1.0).parse_args(["--data", str(few_rows("lora")), *short])
+    corpus, _ = common.load_data(args, common.tiny_tokenizer(), 320)
+    tokens = max(int(corpus.lengths[row].sum()) for row in corpus.planned_rows())
+    assert capsys.readouterr().out.count(f"estimate at the peak, {tokens:,} tokens") == 2
 
 
 SHORT = ["--dtype", "float32", "--batch-size", "2", "--max-length", "256"]
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("lora", []), ("lora", ["--gradient-checkpointing"]), ("lora", ["--no-packing"]), ("full_ft", ["--grad-accum", "2"]),
-    ("full_ft", ["--gradient-checkpointing", "--l2-sp", "0.1"]), ("full_ft", ["--step-in-backward", "--max-grad-norm", "0"]),
-    ("dora", []), ("adapter", []), ("prefix_tuning", []), ("prompt_tuning", []), ("qlora", ["--optimizer", "adamw"]), ("sft", ["--neftune", "5"]),
-    ("reward_model", []), ("dpo", []), ("dpo", ["--lora-rank", "4"]), ("orpo", []),
+    ("lora", ["--gradient-checkpointing"]), ("lora", ["--no-packing"]), ("full_ft", ["--grad-accum", "2"]),
+    ("full_ft", ["--l2-sp", "0.1", "--step-in-backward", "--max-grad-norm", "0"]), ("dora", []), ("adapter", []), ("prefix_tuning", []),
+    ("prompt_tuning", []), ("qlora", ["--optimizer", "adamw"]), ("sft", ["--neftune", "5"]), ("reward_model", []), ("dpo", ["--lora-rank", "4"]),
+    ("orpo", []), ("ppo", ["--response-length", "32"]),
 ], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
 def test_the_peak_is_that_of_real_tensors(script, flags, monkeypatch):
     expected = estimate(monkeypatch, script, *SHORT, *flags, kind=Real)
