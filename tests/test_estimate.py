@@ -120,12 +120,14 @@ def test_recomputing_takes_less_and_the_largest_micro_batch_is_taken(monkeypatch
 SHORT = ["--dtype", "float32", "--batch-size", "2", "--max-length", "256"]
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("lora", ["--gradient-checkpointing"]), ("lora", ["--no-packing"]), ("full_ft", ["--grad-accum", "2"]),
-    ("full_ft", ["--l2-sp", "0.1", "--step-in-backward", "--max-grad-norm", "0"]), ("dora", []), ("adapter", []), ("prefix_tuning", []),
-    ("prompt_tuning", []), ("qlora", ["--optimizer", "adamw"]), ("sft", ["--neftune", "5"]), ("reward_model", []), ("dpo", ["--lora-rank", "4"]),
-    ("orpo", []), ("ppo", ["--response-length", "32"]),
-], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
+FAST = [("lora", ["--gradient-checkpointing"]), ("full_ft", ["--grad-accum", "2"]), ("qlora", ["--optimizer", "adamw"]), ("dpo", ["--lora-rank", "4"])]
+MORE = [
+    ("lora", ["--no-packing"]), ("full_ft", ["--l2-sp", "0.1", "--step-in-backward", "--max-grad-norm", "0"]), ("dora", []), ("adapter", []),
+    ("prefix_tuning", []), ("prompt_tuning", []), ("sft", ["--neftune", "5"]), ("reward_model", []), ("orpo", []), ("ppo", ["--response-length", "32"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script, flags", FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE])
 def test_the_peak_is_that_of_real_tensors(script, flags, monkeypatch):
     expected = estimate(monkeypatch, script, *SHORT, *flags, kind=Real)
     ours = estimate(monkeypatch, script, *SHORT, *flags)
