@@ -107,6 +107,18 @@ def test_ranks_and_host_memory_share_what_lasts(monkeypatch):
     assert four.peak < one.peak - 0.7 * (one.weights + one.states)  # what FSDP2 gathers it frees again
 
 
+def test_what_is_freed_or_shrunk_counts_no_more():
+    followed = common.Estimate(False)
+    followed.start()
+    kept, freed = torch.empty(1000), torch.empty(1000)
+    assert followed.live == 2 * 4096
+    del freed
+    kept.untyped_storage().resize_(0)  # as FSDP2 does with what it has gathered
+    live = followed.live
+    followed.modes.close()
+    assert live == 0 and followed.peak == 2 * 4096
+
+
 def test_recomputing_takes_less_and_the_largest_micro_batch_is_taken(monkeypatch, capsys):
     short = ["--batch-size", "1", "--max-length", "128"]
     kept, recomputed = (estimate(monkeypatch, "lora", *short, *flags) for flags in ([], ["--gradient-checkpointing"]))
