@@ -155,7 +155,8 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
     add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
     add("--keep", type=number(int, 1), default=1, metavar="N", help="how many complete checkpoints stay, the newest ones")
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
-    add("--estimate", action="store_true", help="print what this command would take on a GPU, part by part, and exit: no GPU and no weights are needed")
+    add("--estimate", action="store_true",
+        help="print what this command would take on a GPU, part by part, and exit: no GPU and no weights are needed")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
     add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
     add("--exact-match", type=number(int, 0), default=0, metavar="N",
@@ -1773,8 +1774,8 @@ class Run:
     # Flags that may differ on --resume. The base model, the data, the adapter and the rows of a step are compared by content.
     MAY_DIFFER = {
         "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep",
-        "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard", "trust_remote_code",
-        "compile", "estimate",
+        "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard",
+        "trust_remote_code", "compile", "estimate",
     }  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
@@ -1797,12 +1798,7 @@ class Run:
         self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
         self.own = {}  # numbers by name that a script keeps over a restart
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
-        documents = [corpus.digests, [(len(part), weight) for part, weight in corpus.sources]]
-        self.identity = {"base model": model.base_fingerprint, "data": documents, "rows a step": corpus.rows_per_step}
-        self.identity |= {f"--{name.rstrip('_').replace('_', '-')}": value for name, value in vars(args).items() if name not in self.MAY_DIFFER}
-        if getattr(args, "adapter", None):  # where training began is the reference of some losses
-            self.identity["adapter"] = file_digest(Path(args.adapter) / "adapter_model.safetensors")
-        self.identity = json.loads(json.dumps(self.identity))  # tuples to lists, as they come back from the file
+        self.identity = self.what_must_not_differ()
         self.metrics = self.output / "metrics.jsonl"
         before = self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.exists() else ""
         if self.checkpoints() and not args.resume and '{"done": true' not in before:
@@ -1815,6 +1811,15 @@ class Run:
         self.started, self.before = time.perf_counter(), []
         self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=rank() != 0,
                         mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
+
+    def what_must_not_differ(self) -> dict:
+        """On --resume: the base model, the data, the rows of a step, where an adapter began, and all flags but MAY_DIFFER."""
+        documents = [self.corpus.digests, [(len(part), weight) for part, weight in self.corpus.sources]]
+        identity = {"base model": self.model.base_fingerprint, "data": documents, "rows a step": self.corpus.rows_per_step}
+        identity |= {f"--{name.rstrip('_').replace('_', '-')}": value for name, value in vars(self.args).items() if name not in self.MAY_DIFFER}
+        if getattr(self.args, "adapter", None):  # where training began is the reference of some losses
+            identity["adapter"] = file_digest(Path(self.args.adapter) / "adapter_model.safetensors")
+        return json.loads(json.dumps(identity))  # tuples to lists, as they come back from the file
 
     def open_metrics(self, resumed: bool) -> None:
         """Begin metrics.jsonl; on --resume cut it back to the checkpoint, so that no step stands in it twice."""
