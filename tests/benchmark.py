@@ -173,7 +173,7 @@ def ours(folder: str, args) -> None:
     __import__(script).main(flags)
 
 
-# aten operations by what they are for; all others but those in the head's softmax are element by element
+# aten operations by what they are for; what is not listed counts as the rest
 KINDS = {
     "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul"),
     "attention": ("scaled_dot_product", "_scaled_dot_product", "_flash_attention", "varlen"),
