@@ -147,7 +147,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
     add("--gradient-checkpointing", action=yes_no, default=False, help="recompute blocks in the backward pass: far less memory, a third more time")
     add("--checkpoint-blocks", type=number(int, 1), metavar="N", help="recompute only the first N blocks (implies --gradient-checkpointing)")
     add("--compile", action=yes_no, default=False,
-        help="torch.compile for norms and MLPs: half a minute at the start; pays nothing on a CPU, not yet measured on a GPU")
+        help="torch.compile for norms and MLPs, at the first step; pays nothing on a CPU, not yet measured on a GPU")
     add("--log-every", type=number(int, 1), default=5, help="steps between logged steps")
     add("--eval-every", type=number(int, 1), default=100, help="steps between evaluations; there is one before and one after, too")
     add("--patience", type=number(int, 0), default=0, metavar="N",
@@ -1176,8 +1176,8 @@ def make_lean(model) -> None:
                 x = torch.linspace(-3, 3, 2 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(2, -1)
                 own, lean = module(x).float(), forward(module, x).float()
                 if isinstance(own, FakeTensor) or (own - lean).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
-                    own = type(module)
-                    module.__class__ = classes.setdefault(own, type(own.__name__, (own,), {"forward": forward}))
+                    kind = type(module)
+                    module.__class__ = classes.setdefault(kind, type(kind.__name__, (kind,), {"forward": forward}))
     model.train(was_training)
 
 
