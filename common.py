@@ -1142,7 +1142,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up  # not in place: --compile on torch 2.11 would lose the gradient
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -1152,7 +1152,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 def fused_norm(self, x):
-    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+    return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)  # of one dtype, or it is not one kernel
 
 
 def gated_mlp(self, x):
@@ -1286,7 +1286,7 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if (query.is_cuda or isinstance(query, FakeTensor)) and query.dtype != torch.float32 and not dropout:
         gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13, not 2.11
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, T, head_dim) -> (T, H, head_dim)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, head_dim) -> (T, H, head_dim)
         side = (window - 1 if window else -1, 0)
         return varlen_attn(q, k, v, cumulative, cumulative, longest, longest, scale=scaling, window_size=side, **gqa)[None], None
     pieces = []

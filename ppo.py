@@ -774,15 +774,15 @@ def estimate(args, trained, policy: Role, critic: Role, optimizers: list, corpus
     """--estimate: the keys and values of a rollout, then an update, both on the longest prompts with answers of full length."""
     documents = sorted(np.concatenate([part for part, _ in corpus.sources]).tolist(), key=lambda document: -corpus.lengths[document])
     prompts = [corpus.table[document]["input_ids"][: corpus.lengths[document]].tolist() for document in documents[: args.batch_size]]
-    mask, config = torch.ones(len(prompts), args.response_length, dtype=torch.bool), policy.model.config.get_text_config()
+    mask, config = torch.ones(len(prompts), args.response_length, dtype=torch.bool, device=corpus.device), policy.model.config.get_text_config()
     with common.with_data():
         batch = collate(prompts, [[0] * args.response_length] * len(prompts), corpus.pad_id, corpus.device)
     positions = args.rollout_batch_size * (len(prompts[0]) + args.response_length)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     for _, micro_batches, _, _ in args.estimate.steps(trained, optimizers, [batch] * min(2, args.grad_accum)):
-        torch.empty(2, config.num_hidden_layers, positions, width, dtype=policy.dtype)
-        old = torch.zeros(mask.shape)
+        torch.empty(2, config.num_hidden_layers, positions, width, dtype=policy.dtype, device=corpus.device)
+        old = torch.zeros(mask.shape, device=corpus.device)
         for batch in micro_batches:
             with policy.on_stage():
                 logps = as_rows(policy.logps(batch, args.temperature), mask)

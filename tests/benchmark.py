@@ -15,6 +15,7 @@ import json
 import math
 import os
 import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,14 +29,16 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "135m": (576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
     "8x576": (576, 1536, 8, 9, 3, 49152),  # the same with 8 layers, for slow machines
     "7b": (4096, 11008, 32, 32, 32, 32000),  # Llama-2-7B
+    "65b": (8192, 22016, 80, 64, 64, 32000),  # LLaMA-65B, for QLoRA
     "tiny": (128, 384, 2, 4, 2, 512),
 }
 PREFERENCES = ("dpo", "orpo", "reward")
-METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES)
+METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
 
 
 def make_work(folder: Path, args) -> None:
-    """A configuration, a tokenizer and the rows: words of one byte a token, all rows of one length."""
+    """A configuration, a tokenizer and the rows: a byte a token, all rows of one length but with --against padding."""
+    import numpy as np
     import transformers
 
     import common
@@ -43,7 +46,7 @@ def make_work(folder: Path, args) -> None:
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=args.layers or layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=65536, tie_word_embeddings=args.shape != "7b",
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=65536, tie_word_embeddings=args.shape not in ("7b", "65b"),
         bos_token_id=None, eos_token_id=257, pad_token_id=258,
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
@@ -61,10 +64,13 @@ def make_work(folder: Path, args) -> None:
     def text(n: int, length: int) -> str:
         return "".join(chr(97 + (n * 7 + i * i) % 26) for i in range(length))
 
-    count = (args.steps + 1) * args.rows * max(1, args.length // args.document)
+    sizes = [(prompt, answer)] * ((args.steps + 1) * args.rows * max(1, args.length // args.document))
+    if args.against == "padding":  # one-liners and essays: log-normal, as long as --document at the median
+        lengths = np.random.default_rng(0).lognormal(math.log(args.document), 1.0, (args.steps + 1) * 64).clip(around + 8, args.length).astype(int)
+        sizes = [(int(n) // 4, int(n) - int(n) // 4 - around) for n in lengths]
     with open(folder / "rows.jsonl", "w") as file:
-        for n in range(count):
-            turns = {"prompt": [{"role": "user", "content": text(n, prompt)}], "completion": [{"role": "assistant", "content": text(n + 1, answer)}]}
+        for n, (asked, answered) in enumerate(sizes):
+            turns = {"prompt": [{"role": "user", "content": text(n, asked)}], "completion": [{"role": "assistant", "content": text(n + 1, answered)}]}
             file.write(json.dumps(turns) + "\n")
     with open(folder / "pairs.jsonl", "w") as file:
         for n in range((args.steps + 1) * args.rows):
@@ -104,21 +110,37 @@ class Meter:
         self.times.append(now - self.last)
         self.last = now
 
-    def report(self, tokens_per_step: int) -> None:
+    def report(self, tokens_per_step: float, **more) -> None:
         import torch
 
         peak = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")
         times = self.times[self.skip :]
         print("RESULT", json.dumps({"tokens_per_second": tokens_per_step * len(times) / sum(times), "gib": (peak - self.before) / 2**30,
-                                    "loaded_gib": self.before / 2**30, "steps": len(times)}))  # fmt: skip
+                                    "loaded_gib": self.before / 2**30, "host_gib": self.resident("VmHWM") / 2**30, "steps": len(times), **more}))  # fmt: skip
+
+
+def like_the_first_block(model, config):
+    """A model of all the configuration's blocks, each with the weights of the one block that the model has: a 65B in 3.7 GB."""
+    import torch
+
+    with torch.device("meta"):
+        whole = type(model)(config).to(model.dtype)
+    for name, module in model.named_children():
+        if not hasattr(module, "layers"):
+            setattr(whole, name, module)
+    backbone, one = whole.base_model, model.base_model
+    for name, module in one.named_children():
+        if name != "layers":
+            setattr(backbone, name, module)
+    for block in backbone.layers:
+        block.load_state_dict(one.layers[0].state_dict(), assign=True)
+    return whole.eval()
 
 
 def random_weights(folder: str, dtype) -> None:
     """from_pretrained of that folder makes random weights on the device instead of reading any."""
     import torch
     import transformers
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def patch(auto_class):
         original = auto_class.from_pretrained.__func__
@@ -128,10 +150,15 @@ def random_weights(folder: str, dtype) -> None:
                 return original(cls, name, *args, **options)
             config = transformers.AutoConfig.from_pretrained(folder)
             config.num_labels = options.get("num_labels", config.num_labels)
+            too_large = config.hidden_size == SHAPES["65b"][0]
+            if too_large:
+                config.num_hidden_layers = 1
             torch.manual_seed(0)
-            with torch.device(device):
+            with torch.device("cuda" if torch.cuda.is_available() and not too_large else "cpu"):
                 make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
                 model = make(config, dtype=options.get("dtype") or options.get("torch_dtype") or dtype).eval()
+            if too_large:
+                model = like_the_first_block(model, transformers.AutoConfig.from_pretrained(folder))
             return (model, {"missing_keys": [], "unexpected_keys": []}) if options.get("output_loading_info") else model
 
         auto_class.from_pretrained = classmethod(from_pretrained)
@@ -140,10 +167,39 @@ def random_weights(folder: str, dtype) -> None:
         patch(auto_class)
 
 
+def quantized_with_bitsandbytes(model):
+    """Every linear layer of the blocks in NF4, as transformers' load_in_4bit leaves them."""
+    import bitsandbytes
+    import torch
+
+    for name, layer in list(model.base_model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            small = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4")
+            small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(layer.weight.device)
+            model.base_model.set_submodule(name, small)
+    model.is_loaded_in_4bit = True  # what TRL and PEFT ask
+    return model
+
+
 def data_of(folder: str, args) -> str:
-    if args.against == "padding":
-        return str(ROOT / "examples" / "instructions.jsonl")  # documents of many lengths
-    return f"{folder}/{'pairs' if args.method in PREFERENCES else 'rows'}.jsonl"
+    return f"{folder}/{'pairs' if args.method in (*PREFERENCES, 'ppo') else 'rows'}.jsonl"
+
+
+def script_of(method: str) -> str:
+    return {"full": "full_ft", "reward": "reward_model"}.get(method, method)
+
+
+def flags_of(folder: str, args) -> list[str]:
+    """The command line of our script."""
+    flags = ["--model", folder, "--output", f"{folder}/ours", "--max-steps", str(args.steps), "--batch-size", str(args.rows), "--samples", "0",
+             "--eval-fraction", "0", "--log-every", "1", "--save-every", "100000", "--max-length", str(args.length), "--max-grad-norm", "1",
+             "--data", data_of(folder, args)]  # fmt: skip
+    flags += ["--no-packing", "--batch-size", "16"] if args.worker == "padding" else []
+    flags += ["--gradient-checkpointing"] * args.recompute
+    flags += ["--rank", "8", "--alpha", "16"] if args.method in ("lora", "dora", "qlora") else []
+    flags += ["--lora-rank", "8", "--lora-alpha", "16"] if args.lora and args.method in ("sft", *PREFERENCES, "ppo") else []
+    flags += ["--response-length", str(args.length - args.document)] if args.method == "ppo" else []
+    return flags + shlex.split(args.flags)
 
 
 def ours(folder: str, args) -> None:
@@ -154,23 +210,28 @@ def ours(folder: str, args) -> None:
     meter = Meter(args.skip)
     begin, end_step = common.Run.begin, common.Run.end_step
     common.Run.begin = lambda run: (begin(run), meter.begin())
-    common.Run.end_step = lambda run, *rest: (end_step(run, *rest), meter.step())
+    rates = {"rollout_tokens_per_second": [], "update_tokens_per_second": []}  # of ppo
+
+    def timed_end_step(run, epoch, sums, *rest):
+        for name in rates.keys() & sums.keys():
+            rates[name].append(sums[name].item() * common.world_size())
+        end_step(run, epoch, sums, *rest)
+        meter.step()
+
+    common.Run.end_step = timed_end_step
     common.check_head = lambda *_, **__: None  # random weights: nothing to check
     common.Run.save_checkpoint = lambda run: None  # after the last step, and no part of it
     random_weights(folder, torch.float32)
-    script = {"full": "full_ft", "reward": "reward_model"}.get(args.method, args.method)
     if args.profile:
         profile_steps()
-    flags = ["--model", folder, "--output", f"{folder}/ours", "--max-steps", str(args.steps), "--batch-size", str(args.rows), "--samples", "0",
-             "--eval-fraction", "0", "--log-every", "1", "--save-every", "100000", "--max-length", str(args.length), "--max-grad-norm", "1"]  # fmt: skip
-    flags += ["--data", data_of(folder, args)]
-    flags += ["--no-packing", "--batch-size", "8"] if args.worker == "padding" else []
-    flags += ["--gradient-checkpointing"] * args.recompute
-    flags += ["--rank", "8", "--alpha", "16"] if args.method in ("lora", "dora", "qlora") else []
-    flags += ["--lora-rank", "8", "--lora-alpha", "16"] if args.lora and args.method in ("sft", *PREFERENCES) else []
-    # stop before anything is saved: only the steps count
-    common.Run.show_samples = lambda run: (meter.report(run.tokens // run.step), os._exit(0))
-    __import__(script).main(flags)
+    flags = flags_of(folder, args)
+
+    def report_and_stop(run):  # before anything is saved: only the steps count
+        meter.report(run.tokens / run.step, **{name: statistics.median(values[args.skip :]) for name, values in rates.items() if values})
+        os._exit(0)
+
+    common.Run.show_samples = report_and_stop
+    __import__(script_of(args.method)).main(flags)
 
 
 # aten operations by what they are for; what is not listed counts as the rest
@@ -233,6 +294,8 @@ def theirs(folder: str, args) -> None:
     auto_class = transformers.AutoModelForSequenceClassification if args.method == "reward" else transformers.AutoModelForCausalLM
     dtype, head = torch.bfloat16 if cuda and adapter else torch.float32, {"num_labels": 1} if args.method == "reward" else {}
     model = auto_class.from_pretrained(folder, dtype=dtype, **head)
+    if args.method == "qlora":
+        model = quantized_with_bitsandbytes(model)
     common_args = dict(model=model, processing_class=tokenizer, train_dataset=table, peft_config=lora if adapter else None)
     if args.method in ("lora", "dora", "qlora", "full", "sft"):
         config = trl.SFTConfig(**options, max_length=args.length, packing=True, completion_only_loss=True)
@@ -260,14 +323,20 @@ def theirs(folder: str, args) -> None:
     os._exit(0)
 
 
-def measure(side: str, folder: str, args) -> dict:
+def measure(side: str, folder: str, args, seconds: float | None = None) -> dict:
+    """One run of a side, "ours", "trl" or "padding", in a process of its own -> what `Meter.report` printed, or {"error": [a line]}."""
     command = [sys.executable, __file__, "--worker", side, "--folder", folder]
     if args.processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", *command[1:]]
     for name in ("against", "method", "shape", "steps", "rows", "length", "document", "skip"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += [f"--flags={args.flags}"]
     command += ["--recompute"] * args.recompute + ["--lora"] * args.lora + ["--profile"] * args.profile
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"})
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": [f"not done after {seconds:.0f} s"]}
     line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT")), None)
     if line is None:
         return {"error": (run.stderr or run.stdout).strip().splitlines()[-1:]}
@@ -295,7 +364,7 @@ def growth(args) -> None:
         "one document a row": [dict(length=n, document=n, rows=1, processes=1) for n in lengths],
         "documents of 512 in a row": [dict(length=n, document=512, rows=1, processes=1) for n in lengths],
         "rows of 512 a step": [dict(length=512, document=512, rows=n, processes=1) for n in (1, 2, 4, 8)],
-        "processes, a row of 2,048 each": [dict(length=2048, document=512, rows=1, processes=n) for n in (1, 2)],
+        "processes, a row of 2,048 each": [dict(length=2048, document=512, rows=1, processes=n) for n in (1, 2)] * (args.processes > 1),
     }
     print("| what grows | tokens a step | tokens/s | GiB above the loaded model, a process |\n|---|---|---|---|")
     curves = {}
@@ -343,11 +412,11 @@ def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def main() -> None:
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--against", choices=["trl", "padding", "nothing"], default="trl",
-        help="padding: our packed rows against our padded ones, 8 in a micro-batch, on examples/instructions.jsonl")
+        help="padding: our packed rows against our padded ones, 16 in a micro-batch, with documents of log-normal lengths, --document the median")
     add("--methods", nargs="+", default=["lora"], choices=METHODS)
     add("--shape", choices=SHAPES, default="8x576")
     add("--layers", type=int, help="other than the shape's own number")
@@ -356,16 +425,21 @@ def main() -> None:
     add("--rows", type=int, default=1, help="rows, or pairs, a step")
     add("--steps", type=int, default=6)
     add("--skip", type=int, default=2, help="of these steps, how many come before the clock starts")
-    add("--processes", type=int, default=1, help="of ours, under torchrun, each with its own rows")
+    add("--processes", type=int, default=1, help="of ours, under torchrun, each with its own rows; 2 with --growth: that series, too")
     add("--repeats", type=int, default=3)
     add("--recompute", action="store_true", help="gradient checkpointing on both sides")
-    add("--lora", action="store_true", help="LoRA in sft, dpo, orpo and reward as well")
+    add("--lora", action="store_true", help="LoRA in sft, dpo, orpo, reward and ppo as well")
+    add("--flags", default="", help="more flags for our script, in one string")
     add("--profile", action="store_true", help="of ours: milliseconds of a step, by kind of operation")
     add("--growth", action="store_true", help="of ours: a table over row lengths, rows and processes, and examples/growth.svg")
     add("--json", type=Path, help="write the figures here, too")
     for name in ("--worker", "--method", "--folder"):
         add(name, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     if args.worker:
         return (theirs if args.worker == "trl" else ours)(args.folder, args)
     if args.profile or args.growth:
@@ -375,7 +449,7 @@ def main() -> None:
     for args.method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             make_work(Path(folder), args)
-            sides = ["ours"] + [args.against] * (args.against != "nothing")
+            sides = ["ours"] + [args.against] * (args.against != "nothing" and args.method != "ppo")
             runs = {side: [] for side in sides}
             for _ in range(args.repeats):
                 for side in sides:
@@ -389,6 +463,8 @@ def main() -> None:
         ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["ours"], runs.get(args.against, []))] or [math.nan]
         print(f"| {args.method} | {speed['ours']:,.0f} | {speed[args.against]:,.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
               f"{memory['ours']:.2f} | {memory[args.against]:.2f} | {memory['ours'] / memory[args.against]:.2f} |", flush=True)  # fmt: skip
+        for name in ("rollout_tokens_per_second", "update_tokens_per_second") if args.method == "ppo" else ():
+            print(f"| {name} | {statistics.median(run[name] for run in runs['ours']):,.0f} | | | | | |", flush=True)
         results[args.method] = runs
     if args.json:
         args.json.write_text(json.dumps({"args": {k: v for k, v in vars(args).items() if k != "json"}, "results": results}, indent=1))

@@ -342,7 +342,7 @@ def test_overfits_one_batch(tmp_path):
         base.get_input_embeddings().weight.mul_(5)
     common.save_model(tmp_path / "base", base, tokenizer)
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": c * 3, "completion": c * 5} for c in "abcd"])
-    more = ["--model", str(tmp_path / "base"), "--eval-fraction", "0", "--max-steps", "120", "--lr", "0.02", "--samples", "0"]
+    more = ["--model", str(tmp_path / "base"), "--eval-fraction", "0", "--max-steps", "120", "--lr", "0.01", "--samples", "0"]
     adapter.main(["--data", data, "--output", str(tmp_path / "run"), *more])
     assert [entry["loss"] for entry in read_metrics(tmp_path / "run") if "loss" in entry][-1] < 0.1
 
