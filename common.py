@@ -87,7 +87,9 @@ class Parser(argparse.ArgumentParser):
         given = sys.argv[1:] if args is None else args
         if not any(argument.split("=")[0] in ("--model", "--data", "--help", "-h") for argument in given):
             self.set_defaults(**self.demo)
-        return super().parse_args(args, namespace)
+        parsed = super().parse_args(args, namespace)
+        parsed.flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}  # for messages
+        return parsed
 
 
 def number(kind, minimum, below=math.inf):
@@ -1776,7 +1778,7 @@ class Run:
     MAY_DIFFER = {
         "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep",
         "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard",
-        "trust_remote_code", "compile", "estimate",
+        "trust_remote_code", "compile", "estimate", "flags",
     }  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
@@ -1817,7 +1819,7 @@ class Run:
         """On --resume: the base model, the data, the rows of a step, where an adapter began, and all flags but MAY_DIFFER."""
         documents = [self.corpus.digests, [(len(part), weight) for part, weight in self.corpus.sources]]
         identity = {"base model": self.model.base_fingerprint, "data": documents, "rows a step": self.corpus.rows_per_step}
-        identity |= {f"--{name.rstrip('_').replace('_', '-')}": value for name, value in vars(self.args).items() if name not in self.MAY_DIFFER}
+        identity |= {self.args.flags.get(name, name): value for name, value in vars(self.args).items() if name not in self.MAY_DIFFER}
         if getattr(self.args, "adapter", None):  # where training began is the reference of some losses
             identity["adapter"] = file_digest(Path(self.args.adapter) / "adapter_model.safetensors")
         return json.loads(json.dumps(identity))  # tuples to lists, as they come back from the file
@@ -1843,8 +1845,9 @@ class Run:
             trainable, parameters = count_parameters(self.model)
             command = ["git", "rev-parse", "HEAD"]
             commit = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+            given = {name: value for name, value in vars(self.args).items() if name != "flags"}
             entries = [{"run": {
-                "script": Path(sys.argv[0]).name, "args": vars(self.args), "git_commit": commit or None, "world_size": world_size(),
+                "script": Path(sys.argv[0]).name, "args": given, "git_commit": commit or None, "world_size": world_size(),
                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"{self.device.type}, {torch.get_num_threads()} threads",
                 "trainable_parameters": trainable, "total_parameters": parameters,

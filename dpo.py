@@ -359,7 +359,7 @@ def load_lora(model, args) -> None:
 
 def main(argv=None) -> None:
     demo = {"data": [common.example("pairs.jsonl")], "lr": 2e-4, "batch_size": 8, "epochs": 1, "exact_match": 0}
-    parser = common.make_parser(__doc__, demo=demo, output="runs/dpo", lr=None, data=[common.example("preferences.jsonl")])
+    parser = common.make_parser(__doc__, demo=demo, output="runs/dpo", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("DPO").add_argument
     add("--beta", type=common.number(float, 0), default=None, help="how near the policy stays to the reference (default: 0.1; 2 with --loss simpo)")
     add("--loss", choices=["sigmoid", "ipo", "simpo"], default="sigmoid", help="DPO's own, IPO's squared or SimPO's without a reference")

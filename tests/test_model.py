@@ -237,6 +237,24 @@ def test_lean_blocks_give_the_same_logits_and_gradients(name):
     assert bool(replaced) == (lean or name == "qwen3_moe") and not any("Gemma" in old.__name__ for old in replaced)
 
 
+@pytest.mark.filterwarnings("error:Mismatch dtype")
+def test_a_float32_norm_in_a_bfloat16_stream_stays_one_kernel():
+    """As QLoRA has them. PyTorch warns where the dtypes differ, because a GPU then takes a kernel for each part of the norm."""
+    model = build("llama").bfloat16()
+    common.make_lean(model)
+    norm, own = model.model.norm.float(), transformers.models.llama.modeling_llama.LlamaRMSNorm(model.config.hidden_size)
+    norm.weight.data.normal_(1, 0.3).copy_(norm.weight.bfloat16())
+    own.weight.data.copy_(norm.weight)
+    x = torch.randn(5, model.config.hidden_size).bfloat16()
+    torch.set_warn_always(True)
+    try:
+        out = norm(x)
+    finally:
+        torch.set_warn_always(False)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), own(x.float()), rtol=2**-8, atol=0)  # rounded once
+
+
 def test_blocks_with_dropout_are_not_replaced():
     model = build("llama")
     mlp = model.model.layers[0].mlp

@@ -130,6 +130,17 @@ def test_resuming_another_run_is_refused(changed, match, tmp_path):
         lora.main([*flags(tmp_path, "run", "--resume"), *changed])
 
 
+def test_a_refusal_names_the_flag_as_it_is_written(tmp_path):
+    """Not argparse's name for it: --lora-rank lies in args.rank."""
+    import sft
+
+    short = ["--data", str(ROOT / "examples" / "task.jsonl"), "--max-steps", "2", "--max-length", "64", "--samples", "0", "--eval-fraction", "0"]
+    sft.main([*short, "--lora-rank", "2", "--output", str(tmp_path / "run")])
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(common.UserError, match="--resume: --lora-rank is not .*: 2, now 4"):
+        sft.main([*short, "--lora-rank", "4", "--output", str(tmp_path / "run"), "--resume"])
+
+
 def test_resuming_with_other_data_or_another_model_is_refused(tmp_path):
     finished(tmp_path)
     arguments = flags(tmp_path, "run", "--resume")
