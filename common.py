@@ -1369,15 +1369,15 @@ def head_logits(hidden, weight, bias, scale: float, softcap: float | None) -> to
 
 
 def take_logps(logits, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (log p(targets) (C, 1), sum_v exp(z_v - max z) (C, 1)). Overwrites logits (C, V) with exp(z - max z): what follows needs
+    """-> (log p(targets) (C,), sum_v exp(z_v - max z) (C, 1)). Overwrites logits (C, V) with exp(z - max z): what follows needs
     no second pass of exp, and no second tensor of that size."""
     target, largest = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-    return target - largest - total.log(), total
+    return (target - largest - total.log()).squeeze(1), total
 
 
 def logps_and_gradient(logits, targets, scale: float, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> log p(targets) (C, 1), and d log p(target) / d (W h + b) (C, V) in place of the logits."""
+    """-> log p(targets) (C,), and d log p(target) / d (W h + b) (C, V) in place of the logits."""
     slope = scale * (1 - (logits / softcap) ** 2) if softcap else scale
     logps, total = take_logps(logits, targets)
     gradient = logits.div_(-total)  # -softmax(z)
@@ -1392,7 +1392,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap):
         ctx.head_trains, ctx.scale, ctx.softcap = ctx.needs_input_grad[1], scale, softcap
-        logps = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.head_trains else None  # d log p / d h
         ctx.chunk = max(1, LOGITS_AT_ONCE // len(weight))
         for i in range(0, len(hidden), ctx.chunk):
@@ -1404,7 +1404,7 @@ class LinearLogps(torch.autograd.Function):
                 logps[part], gradient = logps_and_gradient(logits, targets[part], scale, softcap)
                 rows[part] = gradient.to(weight.dtype) @ weight
         ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.head_trains else (rows,)))
-        return logps[:, 0]
+        return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
