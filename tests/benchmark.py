@@ -65,7 +65,7 @@ def make_work(folder: Path, args) -> None:
         return "".join(chr(97 + (n * 7 + i * i) % 26) for i in range(length))
 
     sizes = [(prompt, answer)] * ((args.steps + 1) * args.rows * max(1, args.length // args.document))
-    if args.against == "padding":  # one-liners and essays: log-normal, as long as --document at the median
+    if "padding" in args.against:  # one-liners and essays: log-normal, as long as --document at the median
         lengths = np.random.default_rng(0).lognormal(math.log(args.document), 1.0, (args.steps + 1) * 64).clip(around + 8, args.length).astype(int)
         sizes = [(int(n) // 4, int(n) - int(n) // 4 - around) for n in lengths]
     with open(folder / "rows.jsonl", "w") as file:
@@ -283,8 +283,10 @@ def theirs(folder: str, args) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     rows = [json.loads(line) for line in open(data_of(folder, args))]
     table = datasets.Dataset.from_list(rows)
+    padding = args.worker == "trl-padding"
     options = dict(
-        output_dir=f"{folder}/theirs", max_steps=args.steps, per_device_train_batch_size=args.rows, learning_rate=1e-4, max_grad_norm=1.0,
+        output_dir=f"{folder}/theirs", max_steps=args.steps, per_device_train_batch_size=16 if padding else args.rows, learning_rate=1e-4,
+        max_grad_norm=1.0, include_num_input_tokens_seen="non_padding" if padding else "no",
         gradient_checkpointing=args.recompute, report_to=[], use_cpu=not cuda, bf16=cuda, save_strategy="no", logging_steps=1, disable_tqdm=True,
         optim="adamw_torch_fused", weight_decay=0.0,
     )  # fmt: skip
@@ -298,7 +300,7 @@ def theirs(folder: str, args) -> None:
         model = quantized_with_bitsandbytes(model)
     common_args = dict(model=model, processing_class=tokenizer, train_dataset=table, peft_config=lora if adapter else None)
     if args.method in ("lora", "dora", "qlora", "full", "sft"):
-        config = trl.SFTConfig(**options, max_length=args.length, packing=True, completion_only_loss=True)
+        config = trl.SFTConfig(**options, max_length=args.length, packing=not padding, completion_only_loss=True)
         trainer = trl.SFTTrainer(args=config, **common_args)
     elif args.method == "dpo":
         trainer = trl.DPOTrainer(args=trl.DPOConfig(**options, max_length=args.length), **common_args)
@@ -319,12 +321,12 @@ def theirs(folder: str, args) -> None:
     trainer.add_callback(Callback())
     trainer.train()
     per_row = args.document * 2 if args.method in PREFERENCES else args.length // args.document * args.document
-    meter.report(args.rows * per_row)
+    meter.report(trainer.state.num_input_tokens_seen / args.steps if padding else args.rows * per_row)
     os._exit(0)
 
 
 def measure(side: str, folder: str, args, seconds: float | None = None) -> dict:
-    """One run of a side, "ours", "trl" or "padding", in a process of its own -> what `Meter.report` printed, or {"error": [a line]}."""
+    """One run of a side, "ours" or one of --against, in a process of its own -> what `Meter.report` printed, or {"error": [a line]}."""
     command = [sys.executable, __file__, "--worker", side, "--folder", folder]
     if args.processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", *command[1:]]
@@ -415,8 +417,9 @@ def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--against", choices=["trl", "padding", "nothing"], default="trl",
-        help="padding: our packed rows against our padded ones, 16 in a micro-batch, with documents of log-normal lengths, --document the median")
+    add("--against", choices=["trl", "trl-padding", "padding", "nothing"], default="trl",
+        help="padding, trl-padding: our packed rows against ours, or TRL's, padded, 16 in a micro-batch; documents then have log-normal "
+        "lengths with --document as the median")  # fmt: skip
     add("--methods", nargs="+", default=["lora"], choices=METHODS)
     add("--shape", choices=SHAPES, default="8x576")
     add("--layers", type=int, help="other than the shape's own number")
@@ -441,7 +444,7 @@ def parse_args(argv=None):
 def main() -> None:
     args = parse_args()
     if args.worker:
-        return (theirs if args.worker == "trl" else ours)(args.folder, args)
+        return (theirs if args.worker.startswith("trl") else ours)(args.folder, args)
     if args.profile or args.growth:
         return profile(args) if args.profile else growth(args)
     results = {}
