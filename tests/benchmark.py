@@ -403,7 +403,8 @@ def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
         parts.append(f'<text x="{left}" y="22" font-size="14">{title}</text>')
         for power in range(low, high + 1):
             line = f'<line x1="{left}" x2="{left + 360}" y1="{y(2.0**power):.1f}" y2="{y(2.0**power):.1f}" stroke="#ddd"/>'
-            parts.append(f'{line}<text x="{left - 6}" y="{y(2.0**power) + 4:.1f}" text-anchor="end">{2.0**power:g}</text>')
+            value = f"{2.0**power:,.0f}" if power >= 0 else f"{2.0**power:.2g}"
+            parts.append(f'{line}<text x="{left - 6}" y="{y(2.0**power) + 4:.1f}" text-anchor="end">{value}</text>')
         for power in range(math.ceil(first), math.floor(last) + 1):
             parts.append(f'<text x="{x(2**power):.1f}" y="338" text-anchor="middle">{2**power:,}</text>')
         for (name, curve), color, dash in zip(curves.items(), ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"), ("none", "none", "6 4", "2 3")):
