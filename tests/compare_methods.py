@@ -23,9 +23,9 @@ import transformers
 
 ROOT = Path(__file__).parents[1]
 METHODS = ["lora.py", "dora.py", "qlora.py", "adapter.py", "adapter.py --pfeiffer", "prefix_tuning.py", "prompt_tuning.py", "full_ft.py"]
-# on a real model for a few dozen steps: rates that so short a run needs, the best of those tried for adapters, prefixes and prompts
-RATES = {"lora.py": 1e-3, "dora.py": 1e-3, "qlora.py": 1e-3, "adapter.py": 3e-3, "adapter.py --pfeiffer": 3e-3, "prefix_tuning.py": 1e-3,
-         "prompt_tuning.py": 1e-1, "full_ft.py": 5e-5}  # fmt: skip
+# on a real model for a few dozen steps: rates that so short a run needs, the best of those tried
+RATES = {"lora.py": 3e-3, "dora.py": 3e-3, "qlora.py": 3e-3, "adapter.py": 3e-3, "adapter.py --pfeiffer": 3e-3, "prefix_tuning.py": 1e-3,
+         "prompt_tuning.py": 1e-1, "full_ft.py": 1e-4}  # fmt: skip
 STAGES = ["sft.py", "reward_model.py", "dpo.py", "orpo.py", "ppo.py"]
 SHOWN = {"eval_exact_match": "exact match", "eval_accuracy": "preference accuracy", "eval_score": "mean score"}
 COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
