@@ -29,7 +29,8 @@ README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("READM
 DOC = {script: ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))) for script in SCRIPTS}
 OTHERS = {  # flags in the texts that belong to other programs
     "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--enable-lora", "--lora-modules", "--model_args", "--tasks", "--against", "--steps", "--seeds",
-    "--methods", "--shape", "--repeats", "--recompute", "--lora", "--profile", "--growth", "--layers", "--skip", "--rows", "--document", "--length", "--flags",
+    "--methods", "--shape", "--repeats", "--recompute", "--lora", "--profile", "--growth", "--layers", "--skip",
+    "--rows", "--document", "--length", "--flags", "--processes",
 }  # fmt: skip
 
 
