@@ -12,6 +12,7 @@ which --shape tiny makes a rehearsal of.
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,9 +61,11 @@ def settings(options, method: str, shape: str | None, length: int, **more):
 
 
 def call(arguments: list, seconds: float) -> None:
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, start_new_session=True)
     try:
-        subprocess.run([sys.executable, *arguments], timeout=seconds, cwd=ROOT)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started, or they would keep the GPU
         print(f"{' '.join(arguments)}: not done after {seconds:.0f} s")
 
 
