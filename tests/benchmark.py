@@ -14,8 +14,8 @@ import argparse
 import json
 import math
 import os
-import statistics
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile

@@ -107,7 +107,7 @@ def memory(options, left) -> None:
     print("| command | tokens a step | GPU, GiB: estimate | measured | measured / estimate | host, GiB | tokens/s |\n|---|---|---|---|---|---|---|", flush=True)
     for method, shape, length, flags in MEMORY:
         args = settings(options, method, shape, length, flags=flags, against="nothing")
-        name = f"| {args.shape} `{benchmark.script_of(method)}.py {flags}` | {args.length:,}"
+        name = f"| {args.shape} `{f'{benchmark.script_of(method)}.py {flags}'.strip()}` | {args.length:,}"
         if left() < 90:
             print(f"{name} | no time left |", flush=True)
             continue

@@ -1,10 +1,15 @@
 """tests/benchmark.py runs and prints its tables; what the figures are worth depends on the machine."""
 
+import argparse
 import re
 import subprocess
 import sys
 
+import benchmark
+import gpu
 import pytest
+import torch
+import transformers
 from conftest import ROOT
 
 
@@ -52,13 +57,6 @@ def test_the_parts_for_a_gpu_have_been_rehearsed(part, rows):
 
 def test_one_block_stands_for_all_of_a_large_model(tmp_path, monkeypatch):
     """Random weights of a 65B: its blocks share theirs, and the model computes what one with 3 such blocks would."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import argparse
-
-    import benchmark
-    import torch
-    import transformers
-
     for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.LlamaForCausalLM):
         monkeypatch.setattr(auto_class, "from_pretrained", auto_class.from_pretrained)
     monkeypatch.setitem(benchmark.SHAPES, "65b", (64, 96, 3, 4, 2, 512))
@@ -70,6 +68,13 @@ def test_one_block_stands_for_all_of_a_large_model(tmp_path, monkeypatch):
     whole.load_state_dict(model.state_dict())
     ids = torch.arange(12)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_operations_a_token_of_a_7b():
+    """4 for each of Llama-2-7B's 6.607 billion weights in products; attention over 512 tokens: forward 2 products of d * 512 / 2
+    multiplications and additions in each layer, backward twice that."""
+    assert gpu.lora_flops("7b", 0) == 4 * 6_607_077_376
+    assert gpu.lora_flops("7b", 512) - gpu.lora_flops("7b", 0) == 3 * 32 * 2 * (2 * 4096 * 512 / 2)
 
 
 @pytest.mark.slow
