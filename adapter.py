@@ -1,4 +1,4 @@
-"""Houlsby adapters: put a small trained network behind every attention and every MLP of a frozen model.
+"""Houlsby adapters: put a small trained network after every attention and every MLP of a frozen model.
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751), section 2.1:
 
@@ -9,8 +9,9 @@ Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902
     U   up         (d, r)   float32, truncated normal            b2  up_bias    (d,)  float32, zero
     r   --bottleneck        act  --activation                    d   the model's hidden size, L its number of blocks
 
-Trained: 2 L (2 d r + r + d) numbers, and the weights and biases of the norms. With --pfeiffer (Pfeiffer et al. 2020,
-arXiv 2005.00247) only the MLPs have an adapter: L (2 d r + r + d), and the norms.
+Trained: 2 L (2 d r + r + d) parameters, and the weights and biases of the norms. With --pfeiffer only the MLPs have an adapter:
+L (2 d r + r + d), and the norms. (That place is all that is taken from Pfeiffer et al. 2020, arXiv 2005.00247: theirs reads the
+normalised sum.)
 
 At step 0 the model is nearly the base, not exactly. D and U are drawn with a standard deviation of 1e-3 and cut off at
 twice that, which leaves 0.88e-3; with relu, and 0.7 of it with gelu,
@@ -22,14 +23,15 @@ Choices and departures from the paper
     dtype of the residual stream in the forward pass; a trained norm computes in float32 and gives its result in that dtype.
   - Every norm trains: those of the blocks (Qwen3's of queries and keys too), and the last one. --no-train-norms: none.
   - The paper's BERT adds and then normalises, today's decoders normalise first. Where a norm follows before the sum
-    (Gemma 2's post norms), the adapter stands in front of it: straight behind the output projection.
+    (Gemma 2's post norms), the adapter stands before it: right after the output projection.
   - A further branch beside attention and MLP (Falcon-H1's Mamba, Granite's shared experts) has no adapter.
   - relu is the default; the authors' code has gelu (its tanh approximation). The 1e-3 is that code's too.
 
 Questions people ask
   Can it be merged?      No. act stands between D and U, so no one matrix can be added to a weight, as LoRA's s B A is.
                          The adapters stay in the model, and cost some time in generation.
-  Why not U = 0?         It would do, as LoRA's B = 0 does. With D and U both zero neither would ever get a gradient.
+  Why not U = 0?         It would work, as LoRA's B = 0 does, and be exact; near-identity is the paper's. What must not be
+                         zero is both: then neither D nor U would ever get a gradient.
   Does PEFT load it?     No, it has no such method. The folder has PEFT's two files with keys of our own, and --adapter
                          FOLDER loads it here: to train further, or with --max-steps 0 to evaluate and answer.
 
@@ -43,7 +45,7 @@ Measured: 16 steps of some 580 tokens of GSM8K take SmolLM2-135M's held-out loss
 
     python adapter.py                                                  # the bundled model learns a task, in a minute
     python adapter.py --model BASE --data train.jsonl                  # BASE: a folder or a Hugging Face Hub name
-    python adapter.py --model BASE --adapter runs/adapter --max-steps 0   # evaluate and answer, train nothing
+    python adapter.py --model BASE --adapter runs/adapter --max-steps 0 --output runs/again   # evaluate and answer, train nothing
 """
 
 import argparse
@@ -94,7 +96,7 @@ def apply_adapter(module, args, output):
 class TrainedNorm(nn.Module):
     """A norm with float32 weights and arithmetic in a stream of any dtype. x (..., n) -> (..., n) in x's dtype.
 
-    Without the cast a float32 weight would make its output float32, which the frozen layers behind it cannot take.
+    Without the cast a float32 weight would make its output float32, which the frozen layers after it cannot take.
     """
 
     def __init__(self, base: nn.Module):
@@ -130,14 +132,14 @@ def is_norm(module) -> bool:
 
 
 def add_adapters(model, bottleneck: int, activation="relu", pfeiffer: bool = False, train_norms: bool = True) -> None:
-    """Freeze the model, put an Adapter behind every attention and MLP, and train the norms."""
+    """Freeze the model, put an Adapter after every attention and MLP, and train the norms."""
     model.requires_grad_(False)
     width = model.config.get_text_config().hidden_size
     for module in sublayers(model, pfeiffer):
         module.adapter = Adapter(width, bottleneck, activation, next(module.parameters()).device)
         module.register_forward_hook(apply_adapter)
-    for name, module in list(model.named_modules()) if train_norms else []:
-        if is_norm(module):
+    for name, module in list(model.named_modules()):
+        if train_norms and is_norm(module):
             norm = TrainedNorm(module)
             model.set_submodule(name, norm)
             for p in norm.trained().values():
@@ -148,7 +150,8 @@ def add_adapters(model, bottleneck: int, activation="relu", pfeiffer: bool = Fal
 def check_placement(model) -> None:
     """Refuse a model whose attention or MLP adds the residual stream itself (BLOOM): the adapter would see x + h.
 
-    Found by trying: with zeros in place of f(h), what a block gives must still differ from token to token.
+    Found by trying: with zeros in place of f(h) a block must still give x, which differs from token to token. Where all tokens come
+    out alike, x was in the sum that was zeroed.
     """
     ids = torch.arange(5, 17, device=model.get_input_embeddings().weight.device)[None]
     silenced, outputs = set(), []
@@ -210,14 +213,14 @@ def train(args) -> None:
     # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
+    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
+            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
@@ -225,7 +228,7 @@ def train(args) -> None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()
@@ -246,14 +249,13 @@ def save_adapters(args, model, tokenizer) -> None:
 def load_adapters(model, args) -> None:
     """Put the adapter of --adapter on the model. Its own bottleneck, activation, places and norms are used."""
     config, tensors = common.load_adapter(args.adapter, model, "HOULSBY")
-    kinds = {"bottleneck": int, "activation": str, "pfeiffer": bool, "train_norms": bool}
-    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
-    wrong += [] if wrong or config["bottleneck"] > 0 else ["bottleneck"]
-    wrong += [] if wrong or config["activation"] in ACTIVATIONS else ["activation"]
-    if wrong:
-        value = config.get(wrong[0])
-        raise common.UserError(f"--adapter {args.adapter}: {wrong[0]} in its adapter_config.json is {value!r}")
-    for key in kinds:
+    valid = {
+        "bottleneck": lambda value: type(value) is int and value > 0, "activation": lambda value: value in list(ACTIVATIONS),
+        "pfeiffer": lambda value: type(value) is bool, "train_norms": lambda value: type(value) is bool,
+    }  # fmt: skip
+    for key, is_valid in valid.items():
+        if not is_valid(config.get(key)):
+            raise common.UserError(f"--adapter {args.adapter}: {key} in its adapter_config.json is {config.get(key)!r}")
         setattr(args, key, config[key])
     add_adapters(model, args.bottleneck, args.activation, args.pfeiffer, args.train_norms)
     common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
@@ -281,9 +283,10 @@ def main(argv=None) -> None:
     add = parser.add_argument_group("adapters").add_argument
     add("--bottleneck", type=common.number(int, 1), default=64, help="r, the width of each adapter: how much it can change")
     add("--activation", choices=list(ACTIVATIONS), default="relu", help="inside each adapter")
-    add("--pfeiffer", action="store_true", help="adapters behind the MLPs alone: half as many")
+    add("--pfeiffer", action="store_true", help="adapters after the MLPs alone: half as many")
     add("--train-norms", action=argparse.BooleanOptionalAction, default=True, help="also train the weights of the norms")
     add("--adapter", metavar="FOLDER", help="continue from an adapter of this script; its bottleneck, activation, places and norms are used")
+    parser.adapter_brings = ("--bottleneck", "--activation", "--pfeiffer", "--train-norms", "--no-train-norms")
     train(parser.parse_args(argv))
 
 

@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 import weakref
 from contextlib import ExitStack, contextmanager
@@ -50,10 +51,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -75,19 +75,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad flag is a UserError: one line instead of the whole usage text. And where neither --model nor
-    --data is given, the defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
+    """argparse, but a bad flag is a UserError: one line instead of the whole usage text. Where neither --model nor --data is given, the
+    defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
 
-    demo = {}
+    demo, adapter_brings = {}, ()  # adapter_brings: flags whose values an --adapter folder has
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse_args(self, args=None, namespace=None):
-        given = sys.argv[1:] if args is None else args
-        if not any(argument.split("=")[0] in ("--model", "--data", "--help", "-h") for argument in given):
+        given = {argument.split("=")[0] for argument in (sys.argv[1:] if args is None else args)}
+        if not given & {"--model", "--data", "--help", "-h"}:
             self.set_defaults(**self.demo)
         parsed = super().parse_args(args, namespace)
+        if getattr(parsed, "adapter", None) and (both := sorted(given & set(self.adapter_brings))):
+            raise UserError(f"{both[0]}: the folder of --adapter has its own: leave out one")
         parsed.flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}  # for messages
         return parsed
 
@@ -175,23 +177,32 @@ def launch(main, out_of_memory: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end a run
             stream.reconfigure(errors="backslashreplace")
+    code, message = 0, ""
     try:
         main()
+    except SystemExit as request:
+        code = request.code or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks find the same
-            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, whatever the progress bar does
-        sys.exit(2)
+        code, message = 2, f"error: {error}" if os.environ.get("RANK", "0") == "0" else ""  # all ranks find the same
     except torch.OutOfMemoryError as error:
-        tqdm.write(f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}", file=sys.stderr)
-        sys.exit(1)
+        code, message = 1, f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}"
     except OSError as error:  # a full disk, a read-only folder: the checkpoint before is untouched
-        tqdm.write(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        code, message = 1, f"error: {error}"
     except KeyboardInterrupt:  # before the run has begun: there is nothing to save
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code = 130
+    except Exception:
+        if world_size() == 1:
+            raise
+        code, message = 1, traceback.format_exc()
+    if message:
+        tqdm.write(message, file=sys.stderr)  # on a line of its own, whatever the progress bar does
+    if code and world_size() > 1:  # the other ranks may wait for this one in a collective, and so would an orderly end: torchrun stops them
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------- 2. Rows
@@ -559,16 +570,12 @@ def encode_preference_row(row, where: str, tokenizer, args) -> tuple[list[dict],
 
 
 def encode_prompt_row(row, where: str, tokenizer, args) -> tuple[list[dict], list, bool, str]:
-    """-> (prompt, one document, whether the answer it comes with is empty, prompt and answer as JSON)"""
+    """-> (prompt, its document, whether the answer it comes with is empty, prompt and answer as JSON)"""
     (prompt, answers), joined = parse_prompt(row, where), args.template == "none"
     conversation = with_system(prompt, args)
     with template_errors(where):
-        if answers:
-            documents = [] if is_empty(answers) else encode_answers(tokenizer, conversation, answers, joined)
-        else:
-            ids = encode_conversation(tokenizer, conversation, joined)[0][0] if joined else render(tokenizer, conversation, prompt=True)
-            documents = [(ids, [False] * len(ids))]
-    return prompt, documents, is_empty(answers), json.dumps(conversation + answers)
+        ids = encode_conversation(tokenizer, conversation, joined)[0][0] if joined else render(tokenizer, conversation, prompt=True)
+    return prompt, [(ids, [False] * len(ids))], is_empty(answers), json.dumps(conversation + answers)
 
 
 KEPT, CUT, NO_TARGET, EMPTY = range(4)  # what became of a document
@@ -579,8 +586,8 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
 
     kind "preferences": the answers to a prompt, best first, are consecutive documents, all kept or all dropped; their number
     stands in `answers` of the first and is 0 in the others. Elsewhere every document stands alone, and `answers` is 1.
-    kind "prompts": a document is a prompt and, marked as targets, the answer it comes with, if any. Its length is the prompt's, and
-    `conversation` has both as text (JSON), for programs that read text and for models with another template.
+    kind "prompts": a document is a prompt, up to where an answer begins. `conversation` has it as text (JSON), with the answer it
+    comes with, if any, for programs that read text and for models with another template.
     """
     columns = {"margin": 0.0, "answers": 1}
     if kind == "preferences":
@@ -598,15 +605,13 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
         if ids and max(ids) >= vocab_size:
             raise UserError(f"{where}: token {max(ids)} is beyond the model's {vocab_size} embeddings: tokenizer and model do not fit")
         if kind == "prompts":  # never cut
-            length = marks.index(True) if True in marks else len(ids)
-            status = EMPTY if empty else KEPT if length <= args.max_length else NO_TARGET
+            status = EMPTY if empty else KEPT if len(ids) <= args.max_length else NO_TARGET
         else:
             status = CUT if len(ids) > args.max_length else KEPT
             ids, marks = ids[: args.max_length], [False, *marks[1 : args.max_length]]  # nothing predicts a first token
             if not any(marks):
                 ids, marks, status = [], [], EMPTY if empty else NO_TARGET
-            length = len(ids)
-        records.append(columns | {"input_ids": ids, "is_target": marks, "length": length, "targets": sum(marks), "status": status})
+        records.append(columns | {"input_ids": ids, "is_target": marks, "length": len(ids), "targets": sum(marks), "status": status})
     if kind == "preferences":
         for n, record in enumerate(records):
             record["answers"] = 0 if n else len(records)
@@ -979,6 +984,8 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
         alone = {} if ranks > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # hours, because the others wait while rank 0 tokenises, and while it writes a checkpoint
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4), **alone)
+    if ranks > 1 and getattr(args, "offload", False):  # AdamW runs on the CPU, where torchrun gives each process one thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch.manual_seed(args.seed)
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "mps"
     return device, torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and has_bfloat16 else torch.float32
@@ -1113,12 +1120,14 @@ def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: tor
 
 
 def fingerprint(model) -> str:
-    """Tells bases of the same shape apart: the sizes, and the input embedding's first and last 64 rows in bfloat16."""
+    """Tells bases of the same shape apart: the sizes, and in bfloat16 the input embedding's first and last 64 rows and the first 64
+    elements of every weight of the backbone, so that a base and what was merged into it differ."""
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
     embedding = model.get_input_embeddings().weight.detach()
-    rows = torch.cat([embedding[:64], embedding[-64:]]).to(torch.bfloat16).view(torch.int16).cpu().numpy()
-    return hashlib.sha256(json.dumps(sizes).encode() + rows.tobytes()).hexdigest()[:32]
+    parts = [embedding[:64], embedding[-64:], *(p.detach().flatten()[:64] for p in model.base_model.parameters())]
+    known = torch.cat([part.flatten().to(torch.bfloat16) for part in parts]).view(torch.int16).cpu().numpy()
+    return hashlib.sha256(json.dumps(sizes).encode() + known.tobytes()).hexdigest()[:32]
 
 
 def blocks(model) -> list[torch.nn.Module]:
@@ -1153,8 +1162,25 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+class FakeNorm(torch.autograd.Function):
+    """For --estimate: what F.rms_norm is on a GPU, one kernel that keeps x and one float32 number for each of its vectors."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 def fused_norm(self, x):
-    return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)  # of one dtype, or it is not one kernel
+    weight, kind = self.weight.to(x.dtype), x.device.type  # of one dtype, or it is not one kernel
+    y = FakeNorm.apply(x, weight) if isinstance(x, FakeTensor) else F.rms_norm(x, weight.shape, weight, self.variance_epsilon)
+    # under autocast every layer that reads y would cast it for itself, and keep its own copy
+    return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
 
 def gated_mlp(self, x):
@@ -1234,12 +1260,16 @@ def check_shard(args) -> None:
 
 
 def shard(model, dtype: torch.dtype, device: torch.device, offload: bool = False, method: str = "target_logps") -> None:
-    """FSDP2 (ZeRO-3): each of W ranks keeps 1/W of every parameter, frozen ones too. A block is gathered in dtype just before it
-    runs and freed after; gradients are summed over ranks, not averaged. With offload the shards, and with them gradients and
-    optimizer states, lie in host memory."""
+    """FSDP2 (ZeRO-3): each of W ranks keeps 1/W of every parameter; beside frozen ones, what trains stays whole on every rank, in
+    float32. A block is gathered in dtype just before it runs and freed after; gradients are summed over ranks, not averaged. With
+    offload the shards, and with them gradients and optimizer states, lie in host memory."""
     with with_data():
         options = {"mesh": init_device_mesh(device.type, (world_size(),))}
     options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if not all(p.requires_grad for p in model.parameters()):  # an adapter: `sum_gradients` sums its gradients
+        options["ignored_params"] = {p for p in model.parameters() if p.requires_grad}
+        for p in options["ignored_params"]:
+            p.data = p.data.to(device)
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for module in [*blocks(model), model]:  # the model itself last: what is in no block: embedding, last norm, head
@@ -1286,7 +1316,9 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
     window = sliding_window if sliding_window is not None and sliding_window < longest else None  # itself and window - 1 before
     if torch.is_autocast_enabled(query.device.type):  # rotary embedding has made queries and keys float32 again
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    if (query.is_cuda or isinstance(query, FakeTensor)) and query.dtype != torch.float32 and not dropout:
+    head_dim = query.shape[-1]
+    has_kernel = (query.is_cuda or isinstance(query, FakeTensor)) and query.dtype != torch.float32
+    if has_kernel and not dropout and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0:  # what FlashAttention takes
         gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13, not 2.11
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, head_dim) -> (T, H, head_dim)
         side = (window - 1 if window else -1, 0)
@@ -1533,12 +1565,16 @@ def remove(folder: Path) -> None:
 
 def save_trained(folder: Path, model, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
     """`save_model` of a model whose every parameter was trained, in dtype. Shards are gathered on rank 0."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = {}
+    for name, tensor in model.state_dict().items():  # one by one: never a second copy of all masters
+        whole = unsharded(tensor)
+        if rank() == 0:
+            state[name] = whole.to(dtype) if whole.is_floating_point() else whole
     if rank() == 0:
         with torch.device("meta"):  # a fresh model of the same class: FSDP2 has changed this one's
             auto_class = transformers.AutoModelForCausalLM if model.get_output_embeddings() else transformers.AutoModelForSequenceClassification
             fresh = auto_class.from_config(model.config, trust_remote_code=trust_remote_code)
-        fresh.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False, assign=True)
+        fresh.load_state_dict(state, strict=False, assign=True)
         fresh.tie_weights()
         assert not any(p.is_meta for p in fresh.parameters())
         fresh.padded_attention = model.padded_attention
@@ -1584,8 +1620,23 @@ def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.
         save_model(where, base, tokenizer)
 
 
-def load_adapter(folder: str, model, peft_type: str, flag: str = "--adapter") -> tuple[dict, dict[str, torch.Tensor]]:
-    """-> (config, tensors) of an adapter folder, ours or PEFT's. Refused if it was trained on another base. flag: what named the folder."""
+def check_lora_config(config: dict, named: str, trains: str) -> None:
+    """Refuse what PEFT's LoraConfig can ask for beyond y = W0 x + s B A x, but for what the script trains, and damaged sizes."""
+    for key in ("r", "lora_alpha"):
+        if type(config.get(key)) not in (int, float) or not 0 < config[key] < 2**20:
+            raise UserError(f"{named}: {key} in its adapter_config.json is {config.get(key)!r}")
+    beyond = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "arrow_config",
+              "kasa_config", "monteclora_config", "use_bdlora", "velora_config")  # fmt: skip
+    unknown = [key for key in beyond if config.get(key) and key != trains] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
+        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
+    if unknown:
+        raise UserError(f"{named} uses {', '.join(unknown)}, which this script does not train")
+
+
+def load_adapter(folder: str, model, peft_type: str, flag: str = "--adapter", trains: str = "use_rslora") -> tuple[dict, dict[str, torch.Tensor]]:
+    """-> (config, tensors) of an adapter folder, ours or PEFT's. Refused if it was trained on another base. flag: what named the folder.
+    trains: the variant of LoRA that the script knows."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         with with_data():
@@ -1596,9 +1647,8 @@ def load_adapter(folder: str, model, peft_type: str, flag: str = "--adapter") ->
         raise UserError(f"{flag} {folder}: not a {peft_type} adapter")
     if scalars := [name for name, tensor in tensors.items() if tensor.dim() == 0]:
         raise UserError(f"{flag} {folder}: {scalars[0]} is a single number, and no adapter's tensor")
-    for key in ("r", "lora_alpha") if peft_type == "LORA" else ():
-        if type(config.get(key)) not in (int, float) or not 0 < config[key] < 2**20:
-            raise UserError(f"{flag} {folder}: {key} in its adapter_config.json is {config.get(key)!r}")
+    if peft_type == "LORA":
+        check_lora_config(config, f"{flag} {folder}", trains)
     if isinstance(model.get_input_embeddings().weight, FakeTensor):
         return config, {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
     if "base_fingerprint" not in config:
@@ -1613,14 +1663,14 @@ def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor],
     """Copy an adapter's tensors into the model's own, under PEFT's names. Every one must be there, and no other."""
     odd = own.keys() ^ tensors.keys() or {name for name in own if own[name].shape != tensors[name].shape}
     if odd:
-        raise UserError(f"{flag} {folder} does not fit this model: {min(odd)} is missing, too much, or of another shape")
+        raise UserError(f"{flag} {folder} does not fit this model: {min(odd)} is missing, unexpected, or of another shape")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
 
-def say_how_to_use(args, adapter: bool = True, script: str | None = "lora.py") -> None:
+def say_how_to_use(args, adapter: bool = True, script: str | None = "lora.py", options: str = "") -> None:
     """The last lines of a run: where its result lies, and commands that use it as they stand. script: what merges the adapter,
-    None if nothing does."""
+    None if nothing does. options: more of PEFT's from_pretrained."""
     remote = ", trust_remote_code=True" * args.trust_remote_code
     question = "'Hello'" if args.template == "none" else "[dict(role='user', content='Hello')]"
     plain = "t.pipeline('text-generation', '{}'" + remote + f")({question}, max_new_tokens=50, do_sample=False)[0]['generated_text']"
@@ -1636,7 +1686,7 @@ The model lies in {args.output}. Answer with it:
     again += ["--trust-remote-code"] * args.trust_remote_code
     if args.template:
         again += ["--template", "none" if args.template == "none" else f"{args.output}/chat_template.jinja"]
-    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'{remote})"
+    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'{remote}{options})"
     through_peft = plain.format(args.output).replace(f"'{args.output}'{remote}", f"model, tokenizer='{args.output}'")
     say(f"""
 The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
@@ -1711,12 +1761,10 @@ def evaluating(model):
 
 def corpus_means(model, corpus: Corpus, sums) -> dict[str, float]:
     """sums(batch) -> named sums over a batch; here the same over a whole corpus, divided by what its loss is the mean over."""
-    total = {}
     with evaluating(model):
-        for batch in corpus.deal(corpus.rows()):
-            for name, value in sums(batch).items():
-                total[name] = total.get(name, 0.0) + value.double().item()
-    return {name: over_ranks(value) / corpus.count(corpus.rows()) for name, value in total.items()}
+        parts = [sums(batch) for batch in corpus.deal(corpus.rows())]  # read at the end, all at once
+    totals = {name: math.fsum(torch.stack([part[name] for part in parts]).tolist()) for name in parts[0]}
+    return {name: over_ranks(total) / corpus.count(corpus.rows()) for name, total in totals.items()}
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -1747,8 +1795,9 @@ def samples(model, tokenizer, corpus: Corpus, count: int) -> list[tuple[str, str
         start = int(starts[-1]) if starts[-1] > 1 else len(ids) // 2
         prompts.append(ids[:start])
         references.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
-    for first in range(0, len(prompts), 32):
-        answers += generate(model, tokenizer, prompts[first : first + 32], corpus.device)
+    size = max(1, min(32, 8192 // (128 + max(map(len, prompts), default=0))))  # a 7B keeps 0.5 MiB of keys and values for each token
+    for first in range(0, len(prompts), size):
+        answers += generate(model, tokenizer, prompts[first : first + size], corpus.device)
     return [(tokenizer.decode(p, skip_special_tokens=True), a, r) for p, a, r in zip(prompts, answers, references)]
 
 
@@ -1763,8 +1812,9 @@ def sharded_like(p, value):
     """The inverse of `unsharded`: this rank's part of a tensor of p's shape, placed as p is."""
     if not isinstance(p, DTensor) or not isinstance(value, torch.Tensor) or value.shape != p.shape:
         return value
-    part = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).to_local()
-    return DTensor.from_local(part.to(p.device), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    part, rows = torch.empty_like(p, requires_grad=False), value.chunk(world_size())
+    part.to_local().copy_(rows[rank()] if rank() < len(rows) else value[:0])
+    return part
 
 
 class Run:
@@ -1794,10 +1844,12 @@ class Run:
         if args.estimate:
             self.step = 1  # past the checks of step 0
             return
+        if getattr(args, "adapter", None) and Path(args.adapter).resolve() == self.output.resolve():
+            raise UserError(f"--output {args.output} is the folder of --adapter, whose log and checkpoints it would overwrite: choose another")
         if self.total_steps == 0 and args.max_steps is None:
             raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
         self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
-        self.window, self.unread, self.eval_loss, self.signal = {}, [], None, None
+        self.window, self.unread, self.eval_loss, self.signal, self.peak = {}, [], None, None, None
         self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
         self.own = {}  # numbers by name that a script keeps over a restart
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
@@ -1875,6 +1927,8 @@ class Run:
             self.evaluate()
             self.before = self.show()
             self.measure_answers(self.before)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what --estimate estimates: training, without answers to prompts
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def evaluate(self) -> None:
@@ -1919,8 +1973,9 @@ class Run:
         if log:
             means, now = {name: value / self.window_count for name, value in self.window.items()}, time.perf_counter()
             speed = (self.tokens - self.clock_tokens) / (now - self.clock)
+            self.peak = peak_memory_gib(self.device)
             self.write(step=self.step, epoch=round(epoch, 4), **means, lr=lr, grad_norm=norm, tokens=self.tokens,
-                       tokens_per_second=round(speed, 1), peak_memory_gib=round(peak_memory_gib(self.device), 3))  # fmt: skip
+                       tokens_per_second=round(speed, 1), peak_memory_gib=round(self.peak, 3))  # fmt: skip
             self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self.window, self.window_count, self.clock, self.clock_tokens = {}, 0, now, self.tokens
         if last:
@@ -2087,6 +2142,6 @@ class Run:
     def finish(self) -> None:
         """The last line of metrics.jsonl: everything that the run was to write has been written."""
         self.bar.close()
-        if self.device.type == "cuda":
-            say(f"measured: {peak_memory_gib(self.device):.3f} GiB at most on the GPU; --estimate says what of")
+        if self.device.type == "cuda" and self.peak:
+            say(f"measured: {self.peak:.3f} GiB at most on the GPU while training; --estimate says what of")
         self.write(done=True, step=self.step, eval_loss=self.eval_loss, tokens=self.tokens, seconds=round(time.perf_counter() - self.started, 1))

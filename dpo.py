@@ -5,7 +5,7 @@ equation 7:
 
     h = log [pi(y_w|x) / ref(y_w|x)] - log [pi(y_l|x) / ref(y_l|x)]          L = - log sigmoid(beta h)
 
-    x            the prompt          y_w, y_l   the chosen and the rejected answer
+    x            the prompt          y_w, y_l   the chosen and the rejected answer; D answers and P pairs in a micro-batch
     log pi(y|x)  policy     (D,)     the SUM over the answer's tokens, its end of turn among them, in nats
     log ref      reference  (D,)     the same under the frozen starting point of training
     beta         --beta     0.1      how far the policy may go from the reference: larger stays nearer
@@ -14,26 +14,28 @@ equation 7:
 Variants
   --label-smoothing E   cDPO (Mitchell 2023): a share E of the labels is wrong, - (1-E) log sigmoid(beta h) - E log sigmoid(-beta h)
   --loss ipo            IPO (Azar et al. 2023, arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2 with log-probabilities averaged
-                        over each answer's tokens, as its authors confirmed; it has a finite goal, where DPO's h grows for ever
+                        over each answer's tokens, as its authors confirmed; h has a finite target, where DPO keeps increasing it
   --loss simpo          SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6): - log sigmoid(beta (p_w - p_l) - gamma), p mean
                         log-probabilities, and no reference at all. Its beta is 2 to 2.5, its --gamma 0.3 to 1.6
 
 Choices and departures from the paper
   - AdamW with warmup and cosine decay; the authors took RMSprop, which needs less memory, at a constant rate after the warmup.
-  - No dropout, as in the reference: it would add noise to a difference of two numbers near each other.
+  - No dropout, as in the authors' code: it would add noise to a small difference of two large numbers.
   - Answers to one prompt are in one step; K ranked ones count as all their pairs, each with weight 2 / (K (K - 1)).
 
-The reference is where training starts:
-  --lora-rank N         the same weights with the adapter off: one model in memory
-  --adapter FOLDER      the same weights with a frozen copy of the starting adapter
-  every parameter       log-probabilities computed once before training, with the batches that training will use, and kept in
-                        --output/reference.safetensors: no second model in memory
+The reference is the model that training starts from, unless --reference names another:
+  --lora-rank N         the same weights with the adapter as it was at first, B = 0: one model in memory
+  --adapter FOLDER      the same weights with a copy of the starting adapter
+  every parameter       log-probabilities computed once before training, in the batches of the first epoch (in bfloat16 an answer's
+                        h moves by up to 0.3 nats with the batch it is in), and kept in --output/reference.safetensors: no
+                        second model in memory
   --reference NAME      another model's log-probabilities, computed and kept in the same way before the policy is loaded
 
 Questions people ask
   Sum or mean?          DPO sums over the answer's tokens, and then averages over pairs. IPO and SimPO average over the tokens.
   Which rate?           The default is 1e-6 where every parameter trains, and 2e-5 for LoRA.
-  Loss at step 0?       Exactly ln 2 = 0.693: policy and reference are the same, so h = 0. The run stops if it is not.
+  Loss at step 0?       ln 2 = 0.693: policy and reference are the same (not with --reference), so h = 0. The run stops if it is off
+                        by more than 1e-4, or 0.05 in bfloat16. IPO starts at 1 / (4 beta^2) = 25.
   Both log-probabilities fall?  Usual: the loss sees only their difference. Look at chosen_logps; a smaller --lr, a larger --beta or
                         a short SFT on the chosen answers first (sft.py) holds it up.
   Several answers?      A row {"prompt", "responses"}, best first, counts as all its pairs.
@@ -50,7 +52,8 @@ import argparse
 import hashlib
 import json
 import math
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import safetensors
@@ -64,7 +67,7 @@ import common
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float, label_smoothing: float = 0.0):
-    """Equation 7. Log-probabilities of whole answers, summed over their tokens, (P,) each -> (P,) losses, one a pair."""
+    """Equation 7. Log-probabilities of whole answers, summed over their tokens, (P,) each -> (P,) losses, one per pair."""
     h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
@@ -109,35 +112,25 @@ def figures(args, batch: dict, policy, length, reference) -> dict[str, torch.Ten
     return {name: (batch["weight"] * values).sum() for name, values in pairs.items()}
 
 
-@contextmanager
-def adapter_at_start(model, start: dict):
-    """For the time of a with block the adapter is as training found it: the copy in start, or off where there is none."""
+def lora_reference(model):
+    """-> reference(batch): answers' log-probabilities (D,) with the adapter as training found it (a fresh one, B = 0, is the base).
+    One model in memory: the adapter and its copy change places for the time of a forward pass."""
+    pairs = [(p, p.detach().clone()) for p in adapter_tensors(model).values()]
 
-    def exchange():
-        for layer, kept in start.items():
-            for i, p in enumerate((layer.lora_A, layer.lora_B)):
-                p.data, kept[i] = kept[i], p.data
-
-    fresh = [layer for layer in lora_layers(model).values() if layer not in start]
-    exchange()
-    for layer in fresh:
-        layer.forward = layer.base.forward
-    try:
-        yield
-    finally:
-        exchange()
-        for layer in fresh:
-            del layer.forward
-
-
-def lora_reference(args, model):
-    """-> reference(batch): answers' log-probabilities (D,) with the adapter as training found it. One model in memory."""
-    layers = lora_layers(model).values() if args.adapter else []
-    start = {layer: [layer.lora_A.detach().clone(), layer.lora_B.detach().clone()] for layer in layers}
+    @torch.no_grad()
+    def exchange() -> None:
+        for p, kept in pairs:  # by value: FSDP2 would not see a new .data
+            now = p.detach().clone()
+            p.copy_(kept)
+            kept.copy_(now)
 
     def reference(batch: dict) -> torch.Tensor:
-        with torch.no_grad(), adapter_at_start(model, start):
-            return answer_logps(model, batch)[0]
+        exchange()
+        try:
+            with torch.no_grad():
+                return answer_logps(model, batch)[0]
+        finally:
+            exchange()
 
     return reference
 
@@ -148,13 +141,12 @@ def checksum(logps: torch.Tensor) -> dict[str, str]:
 
 def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     """-> reference(batch): answers' log-probabilities (D,) under a model that is not kept, from --output/reference.safetensors.
-    The file is written first unless it is there, of the same model and data. The first epoch's batches are those of training:
-    in bfloat16 an answer alone and the same in another batch differ by up to 0.3 nats."""
+    The file is written first unless it is there, of the same model, data and batches."""
     path, device = Path(args.output) / "reference.safetensors", corpus.device
     if args.estimate:
         return lambda batch: torch.zeros(len(batch["last"]), device=device)
     rows = [corpus.planned_rows(), evaluation.rows() if evaluation else []]
-    about = [model.base_fingerprint, str(dtype), args.packing, corpus.digests, hashlib.sha256(str(rows).encode()).hexdigest()]
+    about = [model.base_fingerprint, str(dtype), args.packing, args.batch_size, corpus.digests, hashlib.sha256(str(rows).encode()).hexdigest()]
     about, logps = {"about": json.dumps(about)}, None
     if path.exists():
         with suppress(safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:  # a damaged file is written anew
@@ -163,7 +155,8 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     if logps is None:
         logps = torch.zeros(len(corpus.table), device=device)  # of each document of the table, in nats
         with common.evaluating(model):
-            for batch in tqdm([*corpus.deal(rows[0]), *corpus.deal(rows[1])], desc="reference", unit="batch", disable=common.rank() != 0):
+            batches, ahead = chain(*map(corpus.deal, rows)), len(rows[0] + rows[1]) / (args.batch_size * common.world_size())
+            for batch in tqdm(batches, total=math.ceil(ahead), desc="reference", unit="batch", disable=common.rank() != 0):
                 logps[batch["document"]] = answer_logps(model, batch)[0]
         if common.world_size() > 1:
             dist.all_reduce(logps)  # each rank has its own batches
@@ -190,7 +183,7 @@ def train(args) -> None:
     model = load_trained(args, dtype, device)
     common.disable_dropout(model)
     if reference is None:
-        reference = lora_reference(args, model) if lora_layers(model) else kept_reference(args, model, corpus, evaluation, dtype)
+        reference = lora_reference(model) if lora_layers(model) else kept_reference(args, model, corpus, evaluation, dtype)
 
     def measure() -> dict[str, float]:
         return common.corpus_means(model, evaluation, lambda batch: figures(args, batch, *answer_logps(model, batch), reference(batch)))
@@ -232,7 +225,8 @@ def train(args) -> None:
 def check_start(loss: float, dtype: torch.dtype) -> None:
     """At step 0 the policy is the reference: h = 0, and the loss is ln 2 whatever beta and the label smoothing are."""
     if abs(loss - math.log(2)) > (1e-4 if dtype == torch.float32 else 0.05):
-        raise common.UserError(f"the loss at step 0 is {loss:.5f}, not ln 2: policy and reference differ (--reference names another on purpose)")
+        raise common.UserError(f"the loss at step 0 is {loss:.5f}, not ln 2: policy and reference differ. Delete "
+                               "reference.safetensors in --output, or name the reference with --reference")  # fmt: skip
 
 
 # --- copied from lora.py: LoRALinear ---
@@ -252,12 +246,12 @@ class LoRALinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
         self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
         return self.base
 # --- end ---
@@ -291,8 +285,9 @@ def add_training_flags(parser) -> None:
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
@@ -342,14 +337,8 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
+    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if unknown:
-        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
@@ -361,7 +350,7 @@ def main(argv=None) -> None:
     demo = {"data": [common.example("pairs.jsonl")], "lr": 2e-4, "batch_size": 8, "epochs": 1, "exact_match": 0}
     parser = common.make_parser(__doc__, demo=demo, output="runs/dpo", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("DPO").add_argument
-    add("--beta", type=common.number(float, 0), default=None, help="how near the policy stays to the reference (default: 0.1; 2 with --loss simpo)")
+    add("--beta", type=common.number(float, 1e-6), default=None, help="how near the policy stays to the reference (default: 0.1; 2 with --loss simpo)")
     add("--loss", choices=["sigmoid", "ipo", "simpo"], default="sigmoid", help="DPO's own, IPO's squared or SimPO's without a reference")
     add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0, metavar="E", help="cDPO: the share of pairs whose label is wrong")
     add("--gamma", type=common.number(float, 0), default=None, help="SimPO's margin (default: 1)")
@@ -372,7 +361,9 @@ def main(argv=None) -> None:
         raise common.UserError("--label-smoothing is for --loss sigmoid")
     if args.loss != "simpo" and args.gamma is not None or args.loss == "simpo" and args.reference:
         raise common.UserError("--gamma is SimPO's alone, and --loss simpo has no --reference")
-    args.beta, args.gamma = args.beta or (2.0 if args.loss == "simpo" else 0.1), 1.0 if args.gamma is None else args.gamma
+    if args.beta is None:
+        args.beta = 2.0 if args.loss == "simpo" else 0.1
+    args.gamma = 1.0 if args.gamma is None else args.gamma
     if args.lr is None:
         args.lr = 2e-5 if args.rank or args.adapter else 1e-6
     train(args)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: train every parameter, on one device or sharded over many, and keep what the model knew.
+"""Full fine-tuning: train every parameter, on one device or sharded over many, and protect it from forgetting.
 
 The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on all N parameters,
 
@@ -8,7 +8,7 @@ The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101
     w   the parameters       g   their gradient          m, v   running means of g and g^2, b1 = 0.9, b2 = 0.999, eps = 1e-8
     t   the step, from 1     lr  --lr, scheduled         decay  --weight-decay, on tensors of 2 or more dimensions
 
-PyTorch has this update. What the script shows is where N numbers of each kind lie, and in what precision (bytes per parameter):
+PyTorch has this update. What the script shows is where weights, gradients and states are kept, and in what precision (bytes per parameter):
 
     mode                                weights   gradients   m and v   together   what it costs
     float32 masters (default)              4          4          8         16      +2 between forward and backward on CUDA (bfloat16
@@ -21,7 +21,7 @@ PyTorch has this update. What the script shows is where N numbers of each kind l
     --pure-bfloat16                        2          2          4          8      small updates vanish: see below
       --optimizer adamw8bit
       --step-in-backward                   2         (2)         2          4      the least that trains every parameter
-    Indented flags are added to the mode above them, the last two together. --l2-sp adds w0: 4 (2 with --pure-bfloat16).
+    Indented rows add their flag to the mode above them; the last two flags go together. --l2-sp adds w0: 4 (2 with --pure-bfloat16).
     (n): one parameter's gradient at a time.
 
 Choices and departures from the papers
@@ -29,7 +29,8 @@ Choices and departures from the papers
   - Biases and norms never decay.
   - Against forgetting, --l2-sp ALPHA adds ALPHA ||w - w0||^2 to the loss, which pulls towards the pretrained w0 (Li et al. 2018,
     arXiv 1802.01483, without their factor 1/2 and without a term for new layers, as there are none); and replay mixes general
-    rows in: --data mine.jsonl general.jsonl:0.2.
+    rows in: --data mine.jsonl general.jsonl:0.2. The penalty is added as a gradient alone: the logged loss is without it, clipping and
+    the gradient's norm are with it, and AdamW divides it by sqrt(v') like any gradient (unlike weight decay).
 
 Questions people ask
   Why float32 masters?   bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about |w| / 512: add 1e-5 to
@@ -37,7 +38,7 @@ Questions people ask
                      for the memory.
   Sum or mean?       The mean over the target tokens of the whole optimizer step, over micro-batches and ranks. Each
                      rank divides by the targets of all, and gradients are summed over ranks.
-  What is saved?     The weights in the precision they were computed in. float32 masters stay in checkpoint/.
+  What is saved?     The weights in the dtype of the forward pass (bfloat16 on a GPU). float32 masters stay in checkpoint/.
   Which rate?        1e-5 to 5e-5 are usual for pretrained models; LoRA takes ten times that. Measure yours.
 
 Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.797 with --lr 5e-5 (README,
@@ -118,14 +119,15 @@ def train(args) -> None:
     run = common.Run(args, model, tokenizer, optimizers, corpus, evaluation)
     run.begin()
 
-    for epoch, micro_batches, tokens, targets in run.steps():
+    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
         lr = common.learning_rate(run.step, run.total_steps, args)
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            group["lr"] = lr
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's, over all ranks
+            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
+            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
             nll += batch_nll.detach()
         grad_norm = None
         if not args.step_in_backward:
@@ -137,8 +139,8 @@ def train(args) -> None:
             optimizers[0].step()
             optimizers[0].zero_grad()
         elif run.step == 0 and not all(optimizer.state for optimizer in optimizers):
-            raise common.UserError("a trainable parameter got no gradient, and so made no step")
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+            raise common.UserError("a trainable parameter gets no gradient, and so makes no step")
+        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
 
     run.show_samples()
     common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
@@ -147,7 +149,7 @@ def train(args) -> None:
 
 
 def check_flags(args, sharded: bool) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
+    """Refuse flags that cannot work together, before anything is loaded."""
     if args.step_in_backward and (args.grad_accum != 1 or args.max_grad_norm != 0):
         raise common.UserError("--step-in-backward needs --grad-accum 1 and --max-grad-norm 0: no two gradients exist at once")
     if sharded and args.step_in_backward:
@@ -155,7 +157,7 @@ def check_flags(args, sharded: bool) -> None:
     if sharded and args.optimizer != "adamw":
         raise common.UserError(f"--optimizer {args.optimizer}: bitsandbytes cannot step sharded parameters; use adamw with torchrun or --offload")
     if sharded and args.pure_bfloat16:
-        raise common.UserError("--pure-bfloat16 is for one device; sharded or offloaded float32 masters need no memory there")
+        raise common.UserError("--pure-bfloat16 is for one device: leave it out, as sharding or --offload takes the float32 masters off the GPU")
 
 
 def main(argv=None) -> None:

@@ -1,6 +1,7 @@
 """LoRA: train two small matrices beside each frozen linear layer instead of the layer itself.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3:
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3,
+with the scaling of its section 4.1 and the dropout of the authors' code:
 
     y = W0 x + s B A dropout(x)         s = alpha / r   (rsLoRA, arXiv 2312.03732: alpha / sqrt(r))
 
@@ -11,17 +12,18 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106
     r   --rank, alpha  --alpha, s  scaling
 
 Choices and departures from the paper
-  - Every linear layer of the blocks is adapted, not only the attention's q and v: adapting all of them is what it took to match
+  - Every linear layer is adapted, not only the attention's q and v: adapting all of them is what it took to match
     full fine-tuning (QLoRA, section 4). The output head never is. --targets q_proj,v_proj gives the paper's.
   - A starts as in the authors' code (kaiming_uniform), not Gaussian as in the paper.
   - A and B stay float32 and are cast in the forward pass: AdamW's small updates would vanish in bfloat16.
-  - Dropout is 0: with it each layer keeps a second copy of its input for the backward pass.
+  - Dropout is 0: with it each layer keeps its own dropped-out input for the backward pass, where q, k and v share one.
+  - In PEFT's words: LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"). PEFT computes A and B in float32, this in x's dtype.
 
 Questions people ask
   Why is B zero?         Then B A = 0 and training starts from exactly the base model. With both zero, neither gets a
                          gradient; with both random, the base is disturbed before the first step.
   Why alpha / r?         So that the learning rate need change less with the rank (for high ranks --rslora does it better).
-                         The defaults are r = 16 and alpha = 32.
+                         The defaults are r = 16 and alpha = 32; with another r, alpha is yours to change.
   Sum or mean?           The loss is the mean over all target tokens of an optimizer step, across its micro-batches: 8x1,
                          4x2 and 1x8 give the same gradient. Targets are the assistant's tokens and the end-of-turn token.
   Merge or keep apart?   Merged (--merge) costs nothing at inference. s B A is added in float32 and rounded once;
@@ -31,7 +33,7 @@ Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss
 
     python lora.py                                                     # the bundled model learns a task, in a minute
     python lora.py --model BASE --data train.jsonl --merge             # BASE: a folder or a Hugging Face Hub name
-    python lora.py --model BASE --adapter runs/lora --max-steps 0 --merge   # merge an adapter, train nothing
+    python lora.py --model BASE --adapter runs/lora --max-steps 0 --merge --output runs/merged    # merge an adapter, train nothing
 """
 
 import math
@@ -61,12 +63,12 @@ class LoRALinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
         self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
         return self.base
 # --- end ---
@@ -119,14 +121,14 @@ def train(args) -> None:
     # --- training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
+    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
+            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
@@ -134,7 +136,7 @@ def train(args) -> None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()
@@ -158,14 +160,8 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
+    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if unknown:
-        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
@@ -184,9 +180,10 @@ def main(argv=None) -> None:
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
     add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--dropout", type=common.number(float, 0, 1), default=0.0, help="dropout on the update's input")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead, which keeps high ranks learning")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    parser.adapter_brings = ("--rank", "--alpha", "--targets", "--rslora")
     add("--shard", action="store_true", help="under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     add("--merge", action="store_true", help="also write the merged model to --output/merged")
     train(parser.parse_args(argv))

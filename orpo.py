@@ -6,7 +6,8 @@ Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Mo
     z = log odds(y_w) - log odds(y_l) = (p_w - p_l) - (log1mexp(p_w) - log1mexp(p_l))
     L = NLL(y_w) - lambda log sigmoid(z)
 
-    x        the prompt            y_w, y_l  the chosen and the rejected answer; |y| tokens of an answer
+    x        the prompt            y_w, y_l  the chosen and the rejected answer; |y| tokens of an answer; D answers and P pairs in a
+                                             micro-batch
     p        mean_logps   (D,)     the MEAN log-probability of an answer's tokens, its end of turn among them, in nats
     log1mexp(p) = log(1 - exp(p))  for p < 0
     NLL      negative log-likelihood of prompt and chosen answer, mean over their tokens in the whole optimizer step
@@ -22,7 +23,8 @@ Choices and departures from the paper
   - NLL is the mean over all tokens of the step, whatever its micro-batches; the authors' is the mean of each micro-batch.
 
 Questions people ask
-  Why odds, not probabilities?   log(p_w / p_l) alone pushes p_l down without end; the odds ratio is near it for small p, and milder.
+  Why odds, not probabilities?   With P = exp(p), log odds = log P - log(1 - P) spread wider than log P, so log sigmoid saturates sooner
+                                 and pushes the rejected answer down less (section 7 of the paper). For small P both are the same.
   Sum or mean?                   Means: p over an answer's tokens, NLL over the tokens of the step, the odds term over its prompts.
   Loss at step 0?                Not known beforehand: the NLL of the data plus about 0.1 x 0.69. log_odds begins near 0.
   Which rate?                    The default is the paper's 8e-6 where every parameter trains, and 1e-4 for LoRA.
@@ -60,16 +62,16 @@ def log_odds_ratio(chosen_logps, rejected_logps):
 
 def orpo_loss(chosen_logps, rejected_logps, chosen_nll=0.0, lambda_: float = 0.1):
     """Equation 6. Mean log-probabilities of the answers, (P,) each, and the NLL of the chosen ones, (P,) or a number
-    -> (P,) losses, one a pair."""
+    -> (P,) losses, one per pair."""
     return chosen_nll - lambda_ * F.logsigmoid(log_odds_ratio(chosen_logps, rejected_logps))
 
 
-def figures(args, model, batch: dict, prompts_per_token: float) -> dict[str, torch.Tensor]:
+def figures(args, model, batch: dict, nll_scale: float) -> dict[str, torch.Tensor]:
     """What a micro-batch adds to the loss and the metrics, as sums over its prompts. A pair of K ranked answers weighs
-    2 / (K (K - 1)), so that each prompt counts once. prompts_per_token turns a sum of NLL over tokens into one over prompts:
-    divided by the step's prompts later on, it becomes the mean over the step's tokens."""
+    2 / (K (K - 1)), so that each prompt counts once. nll_scale: the step's prompts / its NLL tokens, because everything is divided
+    by the prompts later, and the NLL is a mean over tokens."""
     targets, index = [batch["targets"]], [batch["target_index"]]
-    if args.nll_on == "all":  # each prompt once, in front of its chosen answer
+    if args.nll_on == "all":  # each prompt once, before its chosen answer
         targets, index = [*targets, batch["other_targets"]], [*index, batch["other_index"]]
     logps = model.target_logps(targets=torch.cat(targets), target_index=torch.cat(index), **common.model_inputs(batch))
     answer, better, worse = batch["answer"], batch["better"], batch["worse"]  # (N,), (P,), (P,)
@@ -77,7 +79,7 @@ def figures(args, model, batch: dict, prompts_per_token: float) -> dict[str, tor
 
     zeros = logps.new_zeros(len(batch["last"]))  # (D,)
     mean_logps = zeros.index_add(0, answer, in_answers) / zeros.index_add(0, answer, torch.ones_like(in_answers))
-    nll = -(in_answers[batch["best"]].sum() + others.sum()) * prompts_per_token
+    nll = -(in_answers[batch["best"]].sum() + others.sum()) * nll_scale
     chosen_logps, rejected_logps = mean_logps[better], mean_logps[worse]
     odds_loss = (batch["weight"] * orpo_loss(chosen_logps, rejected_logps, lambda_=args.lambda_)).sum()
     pairs = {
@@ -89,7 +91,7 @@ def figures(args, model, batch: dict, prompts_per_token: float) -> dict[str, tor
     }
 
 
-def nll_tokens(args, micro_batches: list[dict]) -> float:
+def nll_tokens(args, micro_batches) -> float:
     """Tokens that the NLL of a step is the mean over, of all ranks: of the chosen answers, and of the prompts with --nll-on all."""
     return common.over_ranks(sum(len(batch["best"]) + len(batch["other_targets"]) * (args.nll_on == "all") for batch in micro_batches))
 
@@ -103,8 +105,8 @@ def train(args) -> None:
     model = load_trained(args, dtype, device)
 
     def measure() -> dict[str, float]:
-        per_token = len(evaluation.rows()) / nll_tokens(args, list(evaluation.deal(evaluation.rows())))
-        return common.corpus_means(model, evaluation, lambda batch: figures(args, model, batch, per_token))
+        nll_scale = len(evaluation.rows()) / nll_tokens(args, evaluation.deal(evaluation.rows()))
+        return common.corpus_means(model, evaluation, lambda batch: figures(args, model, batch, nll_scale))
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = common.decay_groups(model, args.weight_decay)
@@ -116,9 +118,9 @@ def train(args) -> None:
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums, per_token = {}, prompts / nll_tokens(args, micro_batches)
+        sums, nll_scale = {}, prompts / nll_tokens(args, micro_batches)
         for batch in micro_batches:
-            part = figures(args, model, batch, per_token)
+            part = figures(args, model, batch, nll_scale)
             (part["loss"] / prompts).backward()  # a mean over the whole step, over micro-batches and ranks
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in part.items()}
         # --- copied from dpo.py: update ---
@@ -154,12 +156,12 @@ class LoRALinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
         self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
         return self.base
 # --- end ---
@@ -193,8 +195,9 @@ def add_training_flags(parser) -> None:
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
@@ -244,14 +247,8 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
+    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if unknown:
-        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)

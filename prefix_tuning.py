@@ -1,4 +1,4 @@
-"""Prefix tuning: train a few keys and values that stand before those of every text, in every layer.
+"""Prefix tuning: train a few keys and values that are put before those of every text, in every layer.
 
 Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (arXiv 2101.00190):
 
@@ -14,19 +14,20 @@ Only the prefix is kept after training, not the MLP. --no-reparameterize has non
 P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602).
 
 Choices and departures from the paper
-  - The start is that of --init-text, else of tokens sampled from the vocabulary. The MLP is added to it and is 0 at
-    first, so that step 0 is exactly the base that reads these tokens before each text. The paper has the MLP alone,
-    from random values; where there is little data, it finds a start from real words better, as here.
-  - Keys stand behind the rotary embedding, at positions 0 to P - 1, and the text begins at P. PEFT does
-    the same.
+  - start holds the base's keys and values of --init-text, else of token ids sampled from the whole vocabulary. The MLP is added
+    to it and is 0 at first, so that step 0 is exactly the base that reads these tokens before each text. The paper has the MLP
+    alone, from random values; with little data, it found that starting from the activations of real words helps: --init-text.
+  - P is 20 by default; the paper tunes it by task, from 10 to 200.
+  - Keys are kept as they are after rotary embedding, at positions 0 to P - 1, and the text begins at P. PEFT does the same:
+    PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True) there is the paper's MLP.
   - Rows are not packed: each carries the prefix, and is padded on the right.
 
 Questions people ask
   Why an MLP?            Its weights tie layers and positions together; the paper found that more stable than training
-                         the prefix itself. It is large: at LLaMA-7B 137 million numbers, for a prefix of 5.2 million.
+                         the prefix itself. It is large: at LLaMA-7B 137 million parameters, for a prefix of 5.2 million.
   Is a prefix of zeros the base model?   No: a key of 0 has score 0, and so takes its share of every softmax.
   Prefix or prompt?      prompt_tuning.py trains vectors before the first layer, which makes keys and values of them.
-                         From the same tokens both start at the same loss; the prefix has many more numbers.
+                         From the same tokens both start at the same loss; the prefix has many more parameters.
   What does it cost?     P more keys for each query. The base stays whole; nothing can be merged.
   Why no --gradient-checkpointing?   transformers drops the cache where it recomputes blocks, and with it the prefix.
 
@@ -58,7 +59,7 @@ class Prefix(nn.Module):
         super().__init__()
         self.shape, start = start.shape, start.flatten(1)  # (P, 2 L kv_dim)
         if not hidden:
-            self.start = nn.Parameter(start)
+            self.start, self.mlp = nn.Parameter(start), None
             return
         self.register_buffer("start", start, persistent=False)
         self.embedding = nn.Embedding(len(start), embedding_size, device=start.device)
@@ -69,7 +70,7 @@ class Prefix(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """-> (P, 2 L kv_dim)"""
-        return self.start + self.mlp(self.embedding.weight) if hasattr(self, "mlp") else self.start
+        return self.start if self.mlp is None else self.start + self.mlp(self.embedding.weight)
 
     def cache(self, rows: int, dtype: torch.dtype) -> DynamicCache:
         """The prefix as a cache that has read P tokens. A forward pass appends to it, so each needs a new one."""
@@ -87,16 +88,16 @@ def prefix_mask(model, attention_mask) -> torch.Tensor:
 
 
 def target_logps(model, input_ids, targets, target_index, attention_mask, **inputs) -> torch.Tensor:
-    """`common.target_logps` behind the prefix. Positions count from the length of the cache: the text's begin at P."""
+    """`common.target_logps` with the prefix before the text. Positions count from the length of the cache: the text's begin at P."""
     inputs |= {"attention_mask": prefix_mask(model, attention_mask)}
     inputs |= {"past_key_values": model.prefix.cache(len(input_ids), model.dtype)}
     return common.target_logps(model, input_ids, targets, target_index, **inputs)
 
 
 def generate(model, input_ids, attention_mask, **options) -> torch.Tensor:
-    """The model's own `generate` behind the prefix. (B, T) -> (B, T + new tokens).
+    """The model's own `generate` with the prefix before the text. (B, T) -> (B, T + new tokens).
 
-    It passes over as many input_ids as the cache has read: any P tokens go in front, and are taken off again."""
+    It skips as many input_ids as the cache holds: P ids of any kind are put before them and taken off the result."""
     P, cache = model.prefix.shape[0], model.prefix.cache(len(input_ids), model.dtype)
     ids = torch.cat([input_ids.new_zeros(len(input_ids), P), input_ids], dim=1)
     options |= {"attention_mask": prefix_mask(model, attention_mask), "past_key_values": cache}
@@ -113,7 +114,7 @@ def keys_and_values(model, ids: list[int]) -> torch.Tensor:
     plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
     states = [state for layer in layers for state in (layer.keys, layer.values)] if plain else []
     if len(layers) != model.config.get_text_config().num_hidden_layers or len({state.shape for state in states}) != 1:
-        odd = f"{type(model).__name__} has sliding, recurrent or unlike layers"
+        odd = f"{type(model).__name__} has sliding-window or recurrent layers, or keys and values of several shapes"
         raise common.UserError(f"{odd}, which cannot all hold a prefix: use prompt_tuning.py")
     return torch.stack([state[0].transpose(0, 1).float() for state in states], dim=1)
 
@@ -127,7 +128,7 @@ def starting_tokens(model, tokenizer, length: int, text: str | None = None) -> l
 
 
 def add_prefix(model, start: torch.Tensor, hidden: int, max_length: int) -> None:
-    """Freeze the model and put a trained prefix in front of all that it reads, in training and in generation."""
+    """Freeze the model and put a trained prefix before all that it reads, in training and in generation."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and len(start) + max_length > longest:
         lengths = f"--prefix-length {len(start)} and --max-length {max_length}"
@@ -164,14 +165,14 @@ def train(args) -> None:
     # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
+    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
+            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
@@ -179,7 +180,7 @@ def train(args) -> None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()
@@ -189,7 +190,7 @@ def train(args) -> None:
 
 
 def save_prefix(args, model, tokenizer) -> None:
-    """The prefix in PEFT's form: layer i has its keys in columns 2 i kv_dim on, and its values kv_dim further."""
+    """The prefix in PEFT's form: layer i's keys begin at column 2 i kv_dim, its values kv_dim after that."""
     P, states, heads, head_dim = model.prefix.shape
     config = {
         "peft_type": "PREFIX_TUNING", "num_virtual_tokens": P, "num_transformer_submodules": 1,
@@ -200,7 +201,7 @@ def save_prefix(args, model, tokenizer) -> None:
 
 
 def load_prefix(model, args) -> None:
-    """Put the prefix of --adapter in front of the model, as the start of further training. Its own length is used."""
+    """Put the prefix of --adapter before the model's input, as the start of further training, with its own length."""
     _, tensors = common.load_adapter(args.adapter, model, "PREFIX_TUNING")
     like = keys_and_values(model, [0])  # (1, 2 L, heads, head_dim)
     args.prefix_length = len(tensors.get("prompt_embeddings", ()))
@@ -210,31 +211,29 @@ def load_prefix(model, args) -> None:
 
 
 def check_flags(args) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
+    """Refuse flags that cannot work together, before anything is loaded."""
     if args.packing:
         raise common.UserError("--packing: each row carries its own prefix, so rows are padded instead: leave it out")
     if args.gradient_checkpointing or args.checkpoint_blocks:
         flag = "--checkpoint-blocks" if args.checkpoint_blocks else "--gradient-checkpointing"
         lost = f"{flag}: transformers drops the prefix where it recomputes blocks"
         raise common.UserError(f"{lost}: use a smaller --batch-size with more --grad-accum")
-    for flag, value in (("--init-text", args.init_text), ("--prefix-length", args.prefix_length)):
-        if value is not None and args.adapter:
-            raise common.UserError(f"{flag}: --adapter brings its own prefix: leave out one")
     if args.hidden is not None and not args.reparameterize:
         raise common.UserError("--hidden: --no-reparameterize has no MLP: leave out one")
-    args.prefix_length, args.hidden = args.prefix_length or 20, args.hidden or 512
+    args.hidden = args.hidden or 512
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, demo={"lr": 2e-3, "epochs": 6}, output="runs/prefix_tuning", lr=3e-4, packing=False)
     add = parser.add_argument_group("prefix tuning").add_argument
-    add("--prefix-length", type=common.number(int, 1), default=None, help="P, trained keys and values in each layer (default: 20)")
+    add("--prefix-length", type=common.number(int, 1), default=20, help="P, trained keys and values in each layer")
     add("--init-text", metavar="TEXT",
         help="start as if the base had read this text, repeated or cut to P tokens; default: sampled tokens")
     add("--reparameterize", action=argparse.BooleanOptionalAction, default=True,
         help="train through an MLP; without it the prefix itself, which is P-Tuning v2")
     add("--hidden", type=common.number(int, 1), default=None, help="width of the MLP (default: 512)")
     add("--adapter", metavar="FOLDER", help="continue from this prefix, ours or PEFT's; its length is used")
+    parser.adapter_brings = ("--prefix-length", "--init-text")
     train(parser.parse_args(argv))
 
 

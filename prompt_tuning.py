@@ -1,4 +1,4 @@
-"""Prompt tuning: train a few vectors that stand before every text, where the embeddings of a prompt would stand.
+"""Prompt tuning: train a few vectors that are put before every text, where the embeddings of a prompt would be.
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning" (arXiv 2104.08691):
 
@@ -11,23 +11,24 @@ Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning" (
 Choices and departures from the paper
   - AdamW with learning rate 1e-2 instead of Adafactor with 0.3, and no weight decay (the paper: 1e-5).
   - P starts from rows of the whole vocabulary (--init vocab; the paper samples from its 5,000 most common tokens), from
-    the embeddings of a text (--init text), or uniform in [-0.5, 0.5] as in the paper (--init random).
+    the embeddings of a text (--init text), or uniform in [-0.5, 0.5] as in the paper (--init random). In PEFT's words the default
+    is PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"); the paper's p is 100.
   - The base is a decoder, which reads P before its own chat template, where the paper has T5.
-  - Rows are not packed: each carries its own P in front, and is padded on the right.
+  - Rows are not packed: each carries its own P before it, and is padded on the right.
 
 Questions people ask
   Is it the base model at step 0?   No: it is the base model that reads p more tokens first. With --init text these are
                          the text's (repeated or cut to p), with --init vocab random ones.
-  Why is the learning rate so high?   AdamW moves each number by about the rate in a step, and P is all that can move:
+  Why is the learning rate so high?   AdamW moves each parameter by about the rate in a step, and P is all that can move:
                          see below.
   Are the trained vectors words?   No: they need not lie near any row of E.
   What does it cost?     The base stays whole and serves many prompts in one batch. Every forward pass has p more
                          positions, and the context is p shorter. Nothing can be merged.
-  Prompt or prefix?      prefix_tuning.py trains keys and values in every layer: many more numbers, and more effect.
+  Prompt or prefix?      prefix_tuning.py trains keys and values in every layer: many more parameters, and more effect.
 
 Measured: held-out loss of SmolLM2-135M-Instruct on GSM8K, 1.312 at step 0 (the base alone: 1.316), after 16 steps of two
 rows (--eval-fraction 0.004 --max-length 384 --batch-size 2 --max-steps 16), two CPU cores, November 2026:
-    --lr 1e-3: 1.292      1e-2: 1.211      3e-2: 1.214      1e-1: 1.207      (the default is the smallest that does it)
+    --lr 1e-3: 1.292      1e-2: 1.211      3e-2: 1.214      1e-1: 1.207      (the default is the smallest rate within 0.004 of the best)
 
     python prompt_tuning.py                                          # the bundled model learns a task, in a minute
     python prompt_tuning.py --model BASE --data train.jsonl          # BASE: a folder or a Hugging Face Hub name
@@ -45,7 +46,7 @@ import common
 
 
 class Prompt(nn.Module):
-    """P (p, d) float32. A module of its own, as the last of the model: `model.dtype` is that of the first parameter."""
+    """P (p, d) float32. In a module of its own, so that it comes after the base's parameters: `model.dtype` is that of the first."""
 
     def __init__(self, start: torch.Tensor):
         super().__init__()
@@ -61,7 +62,7 @@ def with_prompt(model, input_ids, attention_mask) -> dict[str, torch.Tensor]:
 
 
 def target_logps(model, input_ids, targets, target_index, attention_mask, **inputs) -> torch.Tensor:
-    """`common.target_logps` behind the prompt. Flat positions move by p for their own row's prompt and for
+    """`common.target_logps` with the prompt before the text. Flat positions move by p for their own row's prompt and for
     that of each row above."""
     p = len(model.prompt.embeddings)
     target_index = target_index + p * (target_index // input_ids.shape[1] + 1)
@@ -70,9 +71,9 @@ def target_logps(model, input_ids, targets, target_index, attention_mask, **inpu
 
 
 def generate(model, input_ids, attention_mask, **options) -> torch.Tensor:
-    """The model's own `generate` behind the prompt. (B, T) -> (B, T + new tokens).
+    """The model's own `generate` with the prompt before the text. (B, T) -> (B, T + new tokens).
 
-    Padding is on the left here, and moves in front of P: between P and the text, sliding windows would count it."""
+    Padding is on the left here, and moves before P: between P and the text, sliding windows would count it."""
     inputs = with_prompt(model, input_ids, attention_mask)
     order = inputs["attention_mask"].argsort(dim=1, stable=True)  # (B, p + T): padding, P, text
     inputs = {name: x[torch.arange(len(x), device=x.device)[:, None], order] for name, x in inputs.items()}
@@ -95,7 +96,7 @@ def initial_prompt(model, tokenizer, length: int, init: str, text: str | None = 
 
 
 def add_prompt(model, prompt: torch.Tensor, max_length: int) -> None:
-    """Freeze the model and put a trained prompt (p, d) in front of all that it reads, in training and in generation."""
+    """Freeze the model and put a trained prompt (p, d) before all that it reads, in training and in generation."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and len(prompt) + max_length > longest:
         lengths = f"--prompt-length {len(prompt)} and --max-length {max_length}"
@@ -133,14 +134,14 @@ def train(args) -> None:
     # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
+    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
+            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
@@ -148,7 +149,7 @@ def train(args) -> None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()
@@ -159,18 +160,18 @@ def train(args) -> None:
 
 def save_prompt(args, model, tokenizer) -> None:
     """The prompt in PEFT's form."""
-    config = model.config.get_text_config()
+    sizes = model.config.get_text_config()
     config = {
         "peft_type": "PROMPT_TUNING", "num_virtual_tokens": args.prompt_length, "num_transformer_submodules": 1,
         "token_dim": model.prompt.embeddings.shape[1],
-        "num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers,
+        "num_attention_heads": sizes.num_attention_heads, "num_layers": sizes.num_hidden_layers,
         "prompt_tuning_init": "RANDOM",  # PEFT overwrites it with the saved tensor
     }  # fmt: skip
     common.save_adapter(args, model, tokenizer, config, {"prompt_embeddings": model.prompt.embeddings})
 
 
 def load_prompt(model, args) -> None:
-    """Put the prompt of --adapter in front of the model. Its own length is used."""
+    """Put the prompt of --adapter before the model's input, with its own length."""
     _, tensors = common.load_adapter(args.adapter, model, "PROMPT_TUNING")
     embedding = model.get_input_embeddings().weight
     args.prompt_length = len(tensors.get("prompt_embeddings", ()))
@@ -179,28 +180,24 @@ def load_prompt(model, args) -> None:
 
 
 def check_flags(args) -> None:
-    """Refuse what cannot be meant, before anything is loaded."""
+    """Refuse flags that cannot work together, before anything is loaded."""
     if args.packing:
         raise common.UserError("--packing: each row carries its own prompt, so rows are padded instead: leave it out")
-    for flag, value in (("--init", args.init), ("--init-text", args.init_text), ("--prompt-length", args.prompt_length)):
-        if value is not None and args.adapter:
-            raise common.UserError(f"{flag}: --adapter brings its own prompt: leave out one")
     if args.init == "text" and args.init_text is None:
         raise common.UserError("--init text needs --init-text TEXT")
     if args.init_text is not None and args.init != "text":
         raise common.UserError("--init-text: it needs --init text")
-    args.prompt_length, args.init = args.prompt_length or 20, args.init or "vocab"
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, demo={"lr": 3e-2, "epochs": 6}, output="runs/prompt_tuning", lr=1e-2, packing=False)
     add = parser.add_argument_group("prompt tuning").add_argument
-    add("--prompt-length", type=common.number(int, 1), default=None, help="p, trained vectors before every text (default: 20)")
-    add("--init", choices=["vocab", "text", "random"], default=None,
-        help="their start: sampled embeddings (default), --init-text's, or uniform")
+    add("--prompt-length", type=common.number(int, 1), default=20, help="p, trained vectors before every text")
+    add("--init", choices=["vocab", "text", "random"], default="vocab", help="their start: sampled embeddings, --init-text's, or uniform")
     add("--init-text", metavar="TEXT",
         help="for --init text: its tokens' embeddings, repeated or cut to --prompt-length")
     add("--adapter", metavar="FOLDER", help="continue from this prompt, ours or PEFT's; its length is used")
+    parser.adapter_brings = ("--prompt-length", "--init", "--init-text")
     train(parser.parse_args(argv))
 
 

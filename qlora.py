@@ -2,32 +2,39 @@
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314), equations 5 and 6:
 
-    y = dequant(W4) x + s B A x                           dequant(W4) = code[index] * absmax
+    y = dequant(W4) x + s B A dropout(x)                  dequant(W4) = code[index] * absmax
 
     W4  packed      two 4-bit indices per byte, frozen    A, B, s   as in lora.py, in float32 beside W4
     code NF4        16 values                             absmax    largest |w| of each block of 64: itself quantised to 8 bits
 
 Three ideas save the memory; the functions below are the first two:
-  NF4                   weights are nearly normal, so the 16 codes are quantiles of the normal distribution: each is used about as
-                        often. 8 positive, 7 negative and an exact 0, divided by the largest.
-  double quantisation   absmax would cost 32 / 64 = 0.5 bits per weight. Less its mean it is coded in 8 bits again (256 values, dense
-                        near 0), with one float32 for each block of 256: 8 / 64 + 32 / (64 * 256) = 0.127 bits.
-  paged optimizer       AdamW's states may move to host memory when the GPU runs short (--optimizer paged_adamw8bit).
+  NF4                   weights are nearly normal, so the 16 codes are quantiles of the normal distribution, dense where weights
+                        are: 8 positive, 7 negative and an exact 0, divided by the largest.
+  double quantisation   absmax would cost 32 / 64 = 0.5 bits per weight. Its mean is subtracted, and the rest is coded in 8 bits (256
+                        values, dense near 0), with one float32 for each block of 256: 8 / 64 + 32 / (64 * 256) = 0.127 bits.
+  paged optimizer       AdamW's states may move to host memory when the GPU runs short (--optimizer paged_adamw8bit). bitsandbytes
+                        pages states of 100,000 elements or more, and waits for the GPU after every parameter.
 So a weight costs 4.127 bits; the run prints what it really costs.
 
 Choices and departures from the paper
-  - The products run in bitsandbytes' kernels, which dequantise inside; the functions here give the same packed bytes to the last
-    bit, and the same weights back, and are used for merging.
-  - Every linear layer of the blocks is quantised and adapted. Embedding, head and the residual stream are bfloat16,
-    norms float32.
+  - Training packs with bitsandbytes' `quantize_4bit` and multiplies with its `Linear4bit`: a fused kernel for few tokens; for many,
+    and in every backward pass, it dequantises a layer and then multiplies. The functions here are that arithmetic written out:
+    `nf4_quantize` gives the same bytes to the last bit, `double_quantize` the nearest code, from which bitsandbytes' CPU kernel is
+    one step off about once in a thousand. --merge uses the two `*_dequantize` functions; the `*_quantize` ones are there to be read.
+  - Every linear layer but the output head is quantised and adapted. Embedding, head and the residual stream are bfloat16. Norms
+    compute in float32 and give their result in the stream's dtype.
   - Rank 16 and alpha 32 as in lora.py (the paper: 64 and 16). The paged states have 8 bits (the authors' code: 32).
 
 Questions people ask
   What is merged?       The adapter was trained beside dequant(W4), so --merge adds s B A to that, in float32, and saves bfloat16.
                         --merge-base original adds it to the weights as they were before. The run reports how far either moves
-                        the logits. Nothing is quantised again: that would be a third model.
-  Why train in 4 bits?  Not for speed: dequantising costs some per cent. For memory: a 7B base takes 3.9 GB instead of 13.5.
-  On a CPU?             It runs, in float32, for tests and for reading along; layer sizes must be multiples of 64 there.
+                        the logits on the first 128 tokens of a held-out document. Nothing is quantised again, which would change it once more.
+  How does PEFT load it?   On the base it was trained beside: AutoPeftModelForCausalLM.from_pretrained("runs/qlora",
+                        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)). Without quantization_config it
+                        sits on the original weights, as with --merge-base original.
+  Why train in 4 bits?  Not for speed: every pass dequantises the weights. For memory: a 7B base takes 3.9 GB instead of 13.5.
+  On a CPU?             It runs, in float32, for tests and study; layer sizes must be multiples of 64 there.
 
 Measured: 16 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.605 to 1.240; the base takes 4.127 bits
 per weight in its linear layers, and before quantisation its loss is 1.316. (python qlora.py --model smollm2-135m --data
@@ -70,7 +77,8 @@ def nf4_quantize(weight: torch.Tensor, block_size: int = 64) -> tuple[torch.Tens
     absmax = blocks.abs().amax(1)
     inverse = torch.where(absmax == 0, 0, 1 / absmax)  # bitsandbytes multiplies: w / absmax differs in rare last bits
     midpoints = ((NF4[1:] + NF4[:-1]) / 2).to(flat.device)
-    index = torch.bucketize(blocks * inverse[:, None], midpoints).flatten()[: len(flat) + len(flat) % 2].to(torch.uint8)
+    index = torch.bucketize(blocks * inverse[:, None], midpoints).flatten()
+    index = index[: len(flat) + len(flat) % 2].to(torch.uint8)  # without the last block's padding, but an even number: two to a byte
     return index[0::2] << 4 | index[1::2], absmax
 
 
@@ -81,8 +89,8 @@ def nf4_dequantize(packed: torch.Tensor, absmax: torch.Tensor, block_size: int =
 
 
 def dynamic_map() -> torch.Tensor:
-    """The 256 values of the 8-bit code, (256,) float32 ascending: signs, 7 powers of ten, and within a power of ten twice as
-    many steps as in the one below (Dettmers 2015, arXiv 1511.04561)."""
+    """The 256 values of the 8-bit code, (256,) float32 ascending (Dettmers 2015, arXiv 1511.04561): 0, 1, and for either sign and each
+    of the decades 1e-7 to 1e-6, ..., 0.1 to 1 the midpoints of 1, 2, 4 ... 64 equal steps: 2 + 2 * 127."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -112,21 +120,22 @@ def quantize(model, dtype: torch.dtype, device: torch.device) -> None:
         if device.type == "cpu" and (layer.in_features % 64 or layer.out_features % 64):
             raise common.UserError(f"{name}: 4-bit layers on a CPU need sizes in multiples of 64, not {tuple(layer.weight.shape)}")
         with common.with_data():
-            small = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, device="meta")
+            small = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype,
+                                               quant_type="nf4", device="meta")  # fmt: skip
         weight = layer.weight.data.contiguous().to(device)
-        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
         small.weight, small.bias = nn.Parameter(packed, requires_grad=False), layer.bias
-        small.weight.quant_state = state  # a bitsandbytes.nn.Params4bit has it, too, but cannot be a tensor without data (--estimate)
+        small.weight.quant_state = state  # as Linear4bit expects it; a plain Parameter, since Params4bit cannot be a fake tensor (--estimate)
         model.set_submodule(name, small)
         if device.type == "cpu":  # bitsandbytes repacks the weight in eval mode, after which no gradient comes through
             small.train = lambda mode=True, small=small: small
     if model.device != device:
         model.to(device)
-    for block in (model, *common.blocks(model)):
-        for norm in [child for child in block.modules() if type(child).__name__.endswith("Norm")]:
-            norm.float()  # and back into the stream's dtype behind it, once
-            norm._forward_hooks.clear()
-            norm.register_forward_hook(lambda module, inputs, out: out.to(dtype))
+    for norm in [module for module in model.modules() if type(module).__name__.endswith("Norm")]:
+        norm.float()
+        if isinstance(norm, nn.LayerNorm):  # its kernel wants one dtype; an RMSNorm computes in float32 whatever it gets
+            norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+        norm.register_forward_hook(lambda module, inputs, out: out.to(dtype))
 
 
 def quantized_layers(model) -> dict[str, nn.Module]:
@@ -169,12 +178,12 @@ class LoRALinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
         self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
         return self.base
 # --- end ---
@@ -235,14 +244,14 @@ def train(args) -> None:
     # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
+    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
+            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
@@ -250,7 +259,7 @@ def train(args) -> None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()
@@ -258,7 +267,8 @@ def train(args) -> None:
     if args.merge:
         common.save_model(Path(args.output) / "merged", merge(args, model, evaluation or corpus, device), tokenizer)
     run.finish()
-    common.say_how_to_use(args, script="qlora.py")
+    four_bits = "t.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='bfloat16')"
+    common.say_how_to_use(args, script="qlora.py", options=f", quantization_config={four_bits}")
 
 
 # --- copied from lora.py: saving and loading LoRA ---
@@ -273,14 +283,8 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
+    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if unknown:
-        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
@@ -300,7 +304,7 @@ def merge(args, model, corpus, device):
         if name in adapters:
             base = base.cpu() + (adapters[name].scaling * adapters[name].lora_B @ adapters[name].lora_A).cpu()
         weight.copy_(base)
-    ids = torch.from_numpy(corpus.table[corpus.rows()[0][0]]["input_ids"]).long()[None]
+    ids = torch.from_numpy(corpus.table[corpus.rows()[0][0]]["input_ids"])[:128].long()[None]  # one of the two models is on the CPU
     logits = []
     for each, place in ((model, device), (merged, torch.device("cpu"))):
         with common.evaluating(each), common.attention(each, each.padded_attention):
@@ -317,9 +321,10 @@ def main(argv=None) -> None:
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
     add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--dropout", type=common.number(float, 0, 1), default=0.0, help="dropout on the update's input")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead, which keeps high ranks learning")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    parser.adapter_brings = ("--rank", "--alpha", "--targets", "--rslora")
     add("--optimizer", choices=["adamw", "paged_adamw8bit"],
         help="paged 8-bit states are bitsandbytes'; default: paged_adamw8bit on CUDA, adamw elsewhere")
     add("--merge", action="store_true", help="also write the merged model to --output/merged, in bfloat16")

@@ -6,7 +6,8 @@ for two answers is Bradley and Terry's model of who wins, log p(w beats l) = log
 
     L = - 1 / (K (K-1) / 2)  sum_(w,l)  log sigmoid(r(x, y_w) - r(x, y_l) - m)        r(x, y) = w . h
 
-    h        hidden  (D, d)  the backbone's hidden state at the last token of prompt and answer, end of turn included
+    h        hidden  (D, d)  the backbone's hidden state at the last token of the rendered conversation: the end of turn, or what
+                             the template writes after it (ChatML: a line break)
     w        score   (1, d)  the head in place of the output layer, no bias; at the start N(0, 1 / (d + 1))
     r        rewards (D,)    float32, of the D answers in a batch
     y_w, y_l better, worse (P,)  which of the D answers a pair compares; K ranked answers make K (K-1) / 2 pairs
@@ -17,10 +18,10 @@ Choices and departures from the paper
     spread over an epoch, each answer would be trained on K-1 times, and the paper found that to overfit.
   - The last token is found from lengths, never from the pad id: where padding is eos, that finds another token. transformers
     finds it by the pad id when it loads the result, so the result gets a pad token that ends no text.
-  - The loss sees differences alone, so rewards have no zero. After training, the mean reward of the best answers of the first 512
+  - The loss sees only differences, so rewards have no zero. After training, the mean reward of the best answers of the first 512
     training prompts becomes `reward_offset` in the config, and every script here that reads rewards subtracts it: a
     reward of 0 is then as good as those answers. transformers, TRL and vLLM do not know the field and give r itself.
-  - Dropout is off: it would add noise to a difference of two numbers near each other.
+  - Dropout is off: it would add noise to a small difference of two large numbers.
   - One epoch, as in the paper: more of them overfit.
 
 Questions people ask
@@ -29,7 +30,7 @@ Questions people ask
   Loss at step 0?    Near ln 2 = 0.693, but not equal to it: the random head already prefers some answers to others.
   Which rate?        The default is 1e-5 where every parameter trains, and 1e-4 for LoRA.
   Which base?        A model after SFT (sft.py). One that is a reward model already keeps its head and goes on from it.
-  Is accuracy with the margin?  No: `accuracy` is the share of pairs with r_w > r_l (a tie is wrong), `margin` the mean of r_w - r_l.
+  Is m in the metrics?  No: `accuracy` is the share of pairs with r_w > r_l (a tie is wrong), and `margin` the mean of r_w - r_l.
   Both answers cut?  A row longer than --max-length is cut, and its reward read at the cut. Two answers that are then the same,
                      or that always were, have loss log(1 + e^m) and no gradient.
 
@@ -312,12 +313,12 @@ class LoRALinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
         self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
         return self.base
 # --- end ---
@@ -362,14 +363,6 @@ def save_lora(args, model, tokenizer) -> None:
 def load_lora(model, args) -> bool:
     """Put the adapter of --adapter on the model, and its head if it has one (an adapter of sft.py has not). -> whether it has"""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    beyond = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
-    if set(config.get("modules_to_save") or []) - {"classifier", "score"}:
-        unknown.append("modules_to_save")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if unknown:
-        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
@@ -381,14 +374,16 @@ def load_lora(model, args) -> bool:
 
 def main(argv=None) -> None:
     demo = {"data": [common.example("pairs.jsonl")], "lr": 1e-3, "batch_size": 8, "epochs": 1, "exact_match": 0}
-    parser = common.make_parser(__doc__, demo=demo, output="runs/reward_model", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
+    parser = common.make_parser(__doc__, without=("--exact-match",), demo=demo, output="runs/reward_model", lr=None, epochs=1, exact_match=0,
+                                data=[common.example("preferences.jsonl")])  # fmt: skip
     add = parser.add_argument_group("reward model").add_argument
     add("--score", metavar="FILE", help="train nothing: write the rewards of the answers in FILE to --output/scores.jsonl, row by row")
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the score head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the score head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ one token for each byte. This is what the model gets (tests/test_sft.py makes th
            2  25 .. 25   no      \\n
 
   - A target is predicted from the position before it: "Y" from the line break after "assistant". The end-of-turn token is a
-    target, or the model would never learn to stop; the template's line break behind it is not.
+    target, or the model would never learn to stop; the template's line break after it is not.
   - Positions restart, and attention is computed for each document alone: the second conversation cannot see the first. A mask of
     ones would let it, and the loss would look better than it is.
   - Padding would have made two rows of the longer one's length. Here nothing is padded.
@@ -34,8 +34,7 @@ Choices and departures from the paper
   - --loss-on all takes the prompt's tokens too, as the pretraining loss does. With long answers it changes little; with short
     ones it can help against overfitting (Shi et al. 2024, arXiv 2405.14394).
   - --neftune ALPHA adds uniform noise to the embeddings while training (Jain et al. 2023, arXiv 2310.05914):
-    x + ALPHA / sqrt(L d) U(-1, 1). The paper's L is the padded length of the row; here it is the document's own, so that packing
-    does not change the noise.
+    x + ALPHA / sqrt(L d) U(-1, 1). L is the document's own length, without padding, as in the authors' training code.
   - --patience N stops when the held-out loss has not fallen for N evaluations and keeps the weights of the lowest.
 
 Questions people ask
@@ -101,14 +100,14 @@ def train(args) -> None:
     # --- copied from lora.py: training loop ---
     run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
     run.begin()
-    for epoch, micro_batches, tokens, targets in run.steps():
+    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
         lr = common.learning_rate(run.step, run.total_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll = torch.zeros((), device=device)
         for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()
-            (batch_nll / targets).backward()  # targets counts the whole step's: a mean over tokens, not of means
+            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
+            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
             nll += batch_nll.detach()
         if run.step == 0:
             common.check_gradients(model)
@@ -116,7 +115,7 @@ def train(args) -> None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, targets, lr, grad_norm)
+        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
     # --- end ---
 
     run.show_samples()
@@ -142,12 +141,12 @@ class LoRALinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: no second (N, out) tensor
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
         self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
         return self.base
 # --- end ---
@@ -181,8 +180,9 @@ def add_training_flags(parser) -> None:
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
+    parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
     add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
     parser.set_defaults(dropout=0.0, rslora=False)
@@ -232,14 +232,8 @@ def save_lora(args, model, tokenizer) -> None:
 
 
 def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own rank, alpha and targets are used."""
+    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
     config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    beyond = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform")
-    unknown = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if unknown:
-        raise common.UserError(f"--adapter {args.adapter} uses {', '.join(unknown)}, which this script does not train")
     args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
     names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)

@@ -36,7 +36,8 @@ def adapted(name, **options):
 
 
 def train(folder, *more):
-    options = ["--max-steps", "3", "--batch-size", "1", "--max-length", "256", "--samples", "0", "--lr", "0.01", "--bottleneck", "8"]
+    options = ["--max-steps", "3", "--batch-size", "1", "--max-length", "256", "--samples", "0", "--lr", "0.01"]
+    options += [] if "--adapter" in more else ["--bottleneck", "8"]
     adapter.main(["--output", str(folder), *options, *more])
     return folder
 
@@ -268,7 +269,9 @@ def test_a_saved_adapter_loads_and_gives_the_same_logits(more, tmp_path, monkeyp
 
 def test_training_goes_on_from_an_adapter(tmp_path):
     first = train(tmp_path / "a", "--pfeiffer")
-    second = train(tmp_path / "b", "--adapter", str(first), "--bottleneck", "99", "--no-train-norms")  # the adapter's own hold
+    with pytest.raises(common.UserError, match="^--no-train-norms: the folder of --adapter has its own"):
+        train(tmp_path / "b", "--adapter", str(first), "--no-train-norms")
+    second = train(tmp_path / "b", "--adapter", str(first))
     config = json.loads((second / "adapter_config.json").read_text())
     assert config["bottleneck"] == 8 and config["pfeiffer"] is True and config["train_norms"] is True
     evaluations = [[e["eval_loss"] for e in read_metrics(folder) if "eval_loss" in e] for folder in (first, second)]

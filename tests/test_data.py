@@ -1082,3 +1082,13 @@ def test_tokenised_rows_come_from_the_cache_the_second_time(tmp_path, monkeypatc
     monkeypatch.setattr(common, "encode_row", lambda *_: pytest.fail("tokenised again"))
     second, _ = load([path])
     assert sequences(first) == sequences(second)
+
+
+def test_a_prompt_is_the_same_tokens_with_and_without_its_answer(tokenizer):
+    """A generation prompt that opens a thinking block is no prefix of an answer without one; the model is asked with it all the same."""
+    tokenizer.chat_template = common.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    args = arguments()
+    rows = [{"prompt": "q"}, {"prompt": "q", "completion": "a"}]
+    (alone,), (answered,) = (common.encode_row(row, "rows.jsonl:1", tokenizer, args, 320, "prompts") for row in rows)
+    assert alone["input_ids"] == answered["input_ids"] and tokenizer.decode(alone["input_ids"]).endswith("<think>\n")
+    assert json.loads(answered["conversation"])[-1] == {"role": "assistant", "content": "a"} and alone["prompt"] == answered["prompt"]

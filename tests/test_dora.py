@@ -110,6 +110,7 @@ def test_a_weight_row_of_zeros_gives_no_nan():
     layer = dora.DoRALinear(layer.base, rank=2, alpha=4)
     layer(torch.randn(3, 6)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
+    assert layer.merged().weight.isfinite().all() and not layer.base.weight[2].any()
 
 
 def test_gradients_equal_pefts():

@@ -238,6 +238,7 @@ def test_dropout_is_off(tmp_path):
 @pytest.mark.parametrize("more, message", [
     (["--loss", "ipo", "--label-smoothing", "0.1"], "--label-smoothing is for"),
     (["--gamma", "1"], "SimPO's alone"),
+    (["--beta", "0"], "--beta"),
     (["--loss", "simpo", "--reference", "random"], "no --reference"),
     (["--offload", "--lora-rank", "4"], "--offload is for"),
 ])  # fmt: skip

@@ -171,7 +171,11 @@ def test_an_adapter_of_pefts_own_is_taken_up(tmp_path, capsys):
 
 def test_training_goes_on_from_an_adapter(tmp_path):
     first = train(tmp_path / "a")
-    second = train(tmp_path / "b", "--adapter", str(first), "--rank", "99")  # the adapter's own rank holds
+    with pytest.raises(common.UserError, match="^--rank: the folder of --adapter has its own"):
+        train(tmp_path / "b", "--adapter", str(first), "--rank", "99")
+    with pytest.raises(common.UserError, match="is the folder of --adapter"):
+        train(tmp_path / "a", "--adapter", str(first), "--max-steps", "0")
+    second = train(tmp_path / "b", "--adapter", str(first))
     assert json.loads((second / "adapter_config.json").read_text())["r"] == 16
     losses = [next(e["eval_loss"] for e in read_metrics(folder) if "eval_loss" in e) for folder in (first, second)]
     assert losses[1] == pytest.approx([e["eval_loss"] for e in read_metrics(first) if "eval_loss" in e][-1], abs=1e-6) != losses[0]
@@ -187,6 +191,7 @@ def damage(folder, **changes):
     ({"peft_type": "IA3"}, "not a LORA"),
     ({"use_dora": True}, "use_dora"),
     ({"bias": "all"}, "bias"),
+    ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
     ({"init_lora_weights": "pissa"}, "pissa"),
     ({"r": 8}, "does not fit"),
 ])  # fmt: skip

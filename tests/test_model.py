@@ -323,6 +323,13 @@ def test_the_fingerprint_tells_bases_of_the_same_shape_apart():
     assert common.fingerprint(model) != common.fingerprint(other)
 
 
+def test_the_fingerprint_tells_a_base_from_what_was_merged_into_it():
+    model, other = build("llama"), build("llama")
+    with torch.no_grad():
+        other.base_model.layers[1].mlp.down_proj.weight += 0.01 * torch.randn(other.base_model.layers[1].mlp.down_proj.weight.shape)
+    assert common.fingerprint(model) != common.fingerprint(other)
+
+
 @pytest.mark.parametrize("template, match", [("chatml", "no <.im_start.>"), ("no-such-template", ".jinja")])
 def test_bad_templates_are_refused(template, match, tmp_path):
     tokenizer = common.tiny_tokenizer()

@@ -278,7 +278,7 @@ def test_layers_of_unlike_shape_are_refused():
     model.model.layers[1].self_attn.k_proj = torch.nn.Linear(64, 16, bias=False)  # one key-value head instead of two
     model.model.layers[1].self_attn.v_proj = torch.nn.Linear(64, 16, bias=False)
     model.model.layers[1].self_attn.num_key_value_groups = 4
-    with pytest.raises(common.UserError, match="unlike layers"):
+    with pytest.raises(common.UserError, match="several shapes"):
         prefix_tuning.keys_and_values(model, [3, 4])
 
 
@@ -287,7 +287,7 @@ def test_layers_of_unlike_shape_are_refused():
     (["--gradient-checkpointing"], "--gradient-checkpointing: .*--grad-accum"),
     (["--checkpoint-blocks", "2"], "--checkpoint-blocks"),
     (["--init-text", ""], "no tokens"),
-    (["--init-text", "abc", "--adapter", "some"], "its own prefix"),
+    (["--init-text", "abc", "--adapter", "some"], "has its own"),
     (["--prefix-length", "4000"], "4096 positions"),
     (["--prefix-length", "0"], "--prefix-length"),
     (["--hidden", "0"], "--hidden"),

@@ -241,7 +241,7 @@ def test_adapters_that_do_not_fit_are_refused(changes, match, tmp_path):
     (["--init", "text"], "--init-text TEXT"),
     (["--init-text", "abc"], "it needs --init text"),
     (["--init", "text", "--init-text", ""], "no tokens"),
-    (["--init", "text", "--init-text", "abc", "--adapter", "some"], "its own prompt"),
+    (["--init", "text", "--init-text", "abc", "--adapter", "some"], "has its own"),
     (["--prompt-length", "4000"], "4096 positions"),
     (["--prompt-length", "0"], "--prompt-length"),
 ])  # fmt: skip

@@ -98,6 +98,17 @@ def test_norms_are_float32_and_the_stream_is_not():
     assert model.model(input_ids=torch.tensor([[5, 6]])).last_hidden_state.dtype == torch.bfloat16
 
 
+def test_a_layer_norm_gets_and_gives_one_dtype():
+    """CUDA's kernel refuses a bfloat16 input with float32 weights, which a CPU's takes."""
+    model = build("gpt_neox").to(torch.bfloat16)
+    qlora.quantize(model, torch.bfloat16, torch.device("cpu"))
+    norms, seen = [module for module in model.modules() if isinstance(module, nn.LayerNorm)], []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    assert model.base_model(input_ids=torch.tensor([[5, 6]])).last_hidden_state.dtype == torch.bfloat16
+    assert seen == [torch.float32] * len(norms) and norms[0].weight.dtype == torch.float32
+
+
 def test_identity_at_the_start_and_gradients_after_evaluation_and_generation():
     """On a CPU one forward in eval mode would repack the 4-bit weights, and no gradient would come back: they never leave
     train mode."""

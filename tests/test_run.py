@@ -272,6 +272,24 @@ def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path, monk
     assert read_metrics(tmp_path / "run")[-1]["done"]
 
 
+@pytest.mark.parametrize("error, code", [(common.UserError("bad"), 2), (OSError(28, "full"), 1), (ValueError("ours"), 1)])
+def test_a_rank_that_fails_does_not_wait_for_the_others(error, code, monkeypatch, capsys):
+    """With NCCL, to leave the process group in order would wait for ranks that wait for this one."""
+
+    def fail():
+        raise error
+
+    def leave(code):
+        raise SystemError(code)  # what nothing in launch catches
+
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(common.os, "_exit", leave)
+    monkeypatch.setattr(common.dist, "destroy_process_group", lambda: pytest.fail("waits"))
+    with pytest.raises(SystemError) as left:
+        common.launch(fail, "")
+    assert left.value.args == (code,) and str(error) in capsys.readouterr().err
+
+
 def test_out_of_memory_says_what_to_try(capsys):
     def run_out():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More text")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import sft
 import torch
 from conftest import RANDOM, ROOT, read_metrics, write_rows
 from safetensors.torch import load_file
@@ -13,10 +14,12 @@ ROWS = [{"prompt": c, "completion": c * n} for c in "abcd" for n in (1, 5, 9)]
 PAIRS = [{"prompt": f"Say {c}.", "chosen": c * n, "rejected": "no " * n + c} for n in (1, 2, 5) for c in "abcd"]
 # small rates: Adam turns float32 noise in gradients near zero into steps of the size of the rate
 RUNS = [
-    ("lora", ["--lr", "1e-4"]), ("lora", ["--lr", "1e-4", "--shard"]), ("dora", ["--lr", "1e-4", "--shard"]), ("qlora", ["--lr", "1e-4"]),
+    ("lora", ["--lr", "1e-4"]), ("lora", ["--lr", "1e-4", "--shard"]), ("dora", ["--lr", "1e-4", "--shard"]),
+    ("dora", ["--lr", "1e-4", "--shard", "--dtype", "bfloat16"]), ("qlora", ["--lr", "1e-4"]),
     ("adapter", ["--lr", "1e-4"]), ("prefix_tuning", ["--lr", "1e-5"]), ("prompt_tuning", ["--lr", "1e-4"]), ("full_ft", ["--lr", "1e-5"]),
     ("sft", ["--lr", "1e-5"]), ("sft", ["--lr", "1e-4", "--lora-rank", "4", "--shard"]),
-    ("dpo", ["--lr", "1e-5"]), ("dpo", ["--lr", "1e-4", "--lora-rank", "4"]), ("orpo", ["--lr", "1e-5"]),
+    ("dpo", ["--lr", "1e-5"]), ("dpo", ["--lr", "1e-4", "--lora-rank", "4"]), ("dpo", ["--lr", "1e-4", "--lora-rank", "4", "--shard"]),
+    ("dpo", ["--lr", "1e-4", "--adapter", "START", "--shard"]), ("orpo", ["--lr", "1e-5"]),
 ]  # fmt: skip
 IDS = [" ".join([name, *(flag for flag in more if flag.startswith("--") and flag != "--lr")]) for name, more in RUNS]
 
@@ -27,7 +30,10 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
     rows, pairs = write_rows(folder / "rows.jsonl", ROWS), write_rows(folder / "pairs.jsonl", PAIRS)
 
+    sft.main([*RANDOM, "--data", rows, "--output", str(folder / "start"), "--max-steps", "2", "--samples", "0", "--lora-rank", "4", "--lr", "0.01"])
+
     def flags(n, name, more, ranks):
+        more = [str(folder / "start") if flag == "START" else flag for flag in more]
         data = pairs if name in ("dpo", "orpo", "reward_model") else rows
         return [*RANDOM, "--data", data, "--output", str(folder / f"{n}-{ranks}"), "--max-steps", "2", "--samples", "0", "--log-every", "1",
                 "--batch-size", "3", "--grad-accum", str(2 // ranks), "--eval-fraction", "0.2", *more]  # fmt: skip
