@@ -74,6 +74,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Arguments(argparse.Namespace):
+    """The values of all flags; and, for messages, each flag as it is written, which is no value: vars() does not have it."""
+
+    __slots__ = ("flags",)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is a UserError: one line instead of the whole usage text. Where neither --model nor --data is given, the
     defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
@@ -87,10 +93,10 @@ class Parser(argparse.ArgumentParser):
         given = {argument.split("=")[0] for argument in (sys.argv[1:] if args is None else args)}
         if not given & {"--model", "--data", "--help", "-h"}:
             self.set_defaults(**self.demo)
-        parsed = super().parse_args(args, namespace)
+        parsed = super().parse_args(args, namespace or Arguments())
         if getattr(parsed, "adapter", None) and (both := sorted(given & set(self.adapter_brings))):
             raise UserError(f"{both[0]}: the folder of --adapter has its own: leave out one")
-        parsed.flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}  # for messages
+        parsed.flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
         return parsed
 
 
@@ -955,9 +961,10 @@ class Estimate(TorchDispatchMode):
 
     def table(self, tokens: int) -> str:
         """What lies on the GPU, and with --offload in host memory, when the GPU holds most."""
-        if self.offload:
-            self.gradients = self.bytes_of(self.trained)
         kept = {"parameters": self.weights, "gradients": self.gradients, "optimizer states": self.states}
+        if self.offload:  # both are pinned, and pinned memory comes in powers of two
+            pinned = sum(1 << (getattr(p, "_local_tensor", p).nbytes - 1).bit_length() for p in self.trained)
+            kept |= {"parameters": pinned, "gradients": pinned}
         rest = self.peak - (0 if self.offload else sum(kept.values()))
         rows = [(name, 0, size) if self.offload else (name, size, 0) for name, size in kept.items()]
         rows += [("activations and loss buffers", rest, 0), ("together", self.peak, self.offload * sum(kept.values()))]
@@ -1828,7 +1835,7 @@ class Run:
     MAY_DIFFER = {
         "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep",
         "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard",
-        "trust_remote_code", "compile", "estimate", "flags",
+        "trust_remote_code", "compile", "estimate",
     }  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
@@ -1897,9 +1904,8 @@ class Run:
             trainable, parameters = count_parameters(self.model)
             command = ["git", "rev-parse", "HEAD"]
             commit = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-            given = {name: value for name, value in vars(self.args).items() if name != "flags"}
             entries = [{"run": {
-                "script": Path(sys.argv[0]).name, "args": given, "git_commit": commit or None, "world_size": world_size(),
+                "script": Path(sys.argv[0]).name, "args": vars(self.args), "git_commit": commit or None, "world_size": world_size(),
                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
                 "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"{self.device.type}, {torch.get_num_threads()} threads",
                 "trainable_parameters": trainable, "total_parameters": parameters,

@@ -30,7 +30,7 @@ DOC = {script: ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text(enc
 OTHERS = {  # flags in the texts that belong to other programs
     "--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--enable-lora", "--lora-modules", "--model_args", "--tasks", "--against", "--steps", "--seeds",
     "--methods", "--shape", "--repeats", "--recompute", "--lora", "--profile", "--growth", "--layers", "--skip",
-    "--rows", "--document", "--length", "--flags", "--processes",
+    "--rows", "--document", "--length", "--flags", "--processes", "--shutdown-timeout",
 }  # fmt: skip
 
 
@@ -134,9 +134,13 @@ def rows(tmp_path_factory):
     return lambda script: pairs if script in PREFERENCES else chat
 
 
-SMALL = ["--max-steps", "1", "--samples", "0", "--exact-match", "0", "--batch-size", "1", "--max-length", "128", "--eval-fraction", "0.1"]
+SMALL = ["--max-steps", "1", "--samples", "0", "--batch-size", "1", "--max-length", "128", "--eval-fraction", "0.1"]
 SMALL_PPO = ["--max-steps", "1", "--samples", "0", "--batch-size", "2", "--grad-accum", "1", "--minibatches", "1", "--ppo-epochs", "1",
              "--rollout-batch-size", "2", "--response-length", "4", "--max-length", "128", "--eval-fraction", "0.1"]  # fmt: skip
+
+
+def small_flags(script: str) -> list[str]:
+    return SMALL_PPO if script == "ppo" else SMALL + ["--exact-match", "0"] * (script != "reward_model")
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +152,7 @@ def trained(tmp_path_factory, rows):
         if (script, *flags) not in made:
             made[script, *flags] = output = str(tmp_path_factory.mktemp(script))
             model = [] if "--model" in flags else conftest.RANDOM
-            small = SMALL_PPO if script == "ppo" else SMALL
+            small = small_flags(script)
             importlib.import_module(script).main([*model, "--data", rows(script), *small, *flags, "--output", output])
         return made[script, *flags]
 
@@ -181,7 +185,7 @@ def shrunk(command: str, rows, trained) -> tuple[str, list[str]]:
         arguments += ["--data", rows(script)]
     if words and "--model" not in arguments:  # a flag and its value, out of a sentence
         arguments += conftest.RANDOM
-    small = list(SMALL_PPO if script == "ppo" else SMALL) + ["--eval-fraction", "0.01"] * (not words)
+    small = small_flags(script) + ["--eval-fraction", "0.01"] * (not words)
     if "--max-steps 0" in command:
         del small[:2]
     return script, [*arguments, *small]
@@ -254,7 +258,7 @@ def test_what_a_run_leaves_answers_through_peft_and_transformers(trained, monkey
 @pytest.mark.parametrize("script", ["lora", "full_ft", "sft", *PREFERENCES, "ppo"])
 def test_every_metric_is_explained(script, trained):
     """In the README's table or, of ppo.py, at its top. `step` needs no word."""
-    more = [] if script == "ppo" else ["--log-every", "1", "--exact-match", "1"]
+    more = [] if script == "ppo" else ["--log-every", "1"] + ["--exact-match", "1"] * (script != "reward_model")
     lines = [line for line in read_metrics(trained(script, *more)) if "run" not in line and "done" not in line]
     written = {name for line in lines for name in line} - {"step"}
     assert {"loss", "lr"} <= written

@@ -102,7 +102,11 @@ def flags(name, output, *more) -> list[str]:
 
 
 def main(name, *arguments) -> None:
-    importlib.import_module(name).main([str(argument) for argument in arguments])
+    arguments = [str(argument) for argument in arguments]
+    if "--adapter" in arguments and LORA[0] in arguments:  # the folder has its own
+        at = arguments.index(LORA[0])
+        del arguments[at : at + len(LORA)]
+    importlib.import_module(name).main(arguments)
 
 
 def launched(name, *arguments) -> int:

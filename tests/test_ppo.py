@@ -73,7 +73,7 @@ def test_rewards_and_gae_are_the_loops(tokens):
     mask, draw = tokens
     logps, reference, values, scores = draw(), draw(), draw(), torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
     rewards = ppo.token_rewards(logps, reference, scores, mask, 0.1)
-    advantages, returns = ppo.gae(rewards, values, mask, 0.97, 0.9)
+    advantages, returns = ppo.gae(rewards, values, 0.97, 0.9)
     for b, (lp, ref, v) in enumerate(zip(rows(logps), rows(reference), rows(values))):
         r = [-0.1 * (x - y) for x, y in zip(lp, ref)]
         r[-1] += scores[b].item()
@@ -86,14 +86,24 @@ def test_rewards_and_gae_are_the_loops(tokens):
 
 
 def test_padding_does_not_reach_advantages(tokens):
-    """Whatever stands in the values outside the mask, and however wide the padding."""
-    mask, draw = tokens
+    """However wide it is, and nothing is in it."""
+    _, draw = tokens
     rewards, values = draw(), draw()
-    expected, _ = ppo.gae(rewards, values, mask, 1.0, 0.95)
-    wide = [torch.nn.functional.pad(x, (0, 2)) for x in (rewards, values + 7 * ~mask, mask)]
-    advantages, returns = ppo.gae(*wide, 1.0, 0.95)
-    torch.testing.assert_close(advantages[:, :5], expected, rtol=0, atol=1e-12)
-    assert (advantages[:, 5:] == 0).all() and (returns[:, :5][~mask] == 0).all()
+    expected, expected_returns = ppo.gae(rewards, values, 1.0, 0.95)
+    advantages, returns = ppo.gae(*(torch.nn.functional.pad(x, (0, 2)) for x in (rewards, values)), 1.0, 0.95)
+    assert torch.equal(advantages[:, :5], expected) and torch.equal(returns[:, :5], expected_returns)
+    assert (advantages[:, 5:] == 0).all() and (returns[:, 5:] == 0).all()
+
+
+def test_tokens_as_rows_and_their_gradient(tokens):
+    """(N,) -> (B, T), 0 outside the mask, and back: each token's gradient is that of its place, padding gives none."""
+    mask, draw = tokens
+    flat, gradient = torch.arange(1.0, 10.0, dtype=torch.float64, requires_grad=True), draw() + 7 * ~mask
+    found = ppo.as_rows(flat, mask)
+    assert torch.equal(found, torch.zeros(3, 5, dtype=torch.float64).masked_scatter(mask, flat))
+    found.backward(gradient)
+    assert torch.equal(flat.grad, gradient[mask])
+    assert ppo.as_rows(torch.zeros(0), mask[:0]).shape == (0, 5)
 
 
 def test_whitening_is_the_loop(tokens):
@@ -105,7 +115,6 @@ def test_whitening_is_the_loop(tokens):
     whitened = ppo.whiten(values, mask)
     assert [x for row in rows(whitened) for x in row] == pytest.approx([(x - mean) / math.sqrt(variance + 1e-8) for x in flat], abs=1e-9)
     assert (whitened[~mask] == 0).all()
-    torch.testing.assert_close(ppo.whiten(values + 9 * ~mask, mask), whitened)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -117,7 +126,7 @@ def test_whitening_no_value_or_one_gives_zeros(count):
 
 def test_losses_and_their_gradients_are_the_loops(tokens):
     """The gradient by finite differences of the loop; count makes a part of a minibatch."""
-    mask, draw = tokens
+    _, draw = tokens
     new, old, advantages = draw(0.3), draw(0.3), draw()
     values, old_values, returns = draw(0.5), draw(0.5), draw()
 
@@ -136,14 +145,14 @@ def test_losses_and_their_gradients_are_the_loops(tokens):
             total += sum(0.5 * max((x - z) ** 2, (y + min(max(x - y, -0.2), 0.2) - z) ** 2) for x, y, z in zip(v, o, r))
         return total / count
 
-    for count in (None, 20):
+    for count in (9, 20):
         x = new.clone().requires_grad_()
-        loss, clip_fraction = ppo.policy_loss(x, old, advantages, mask, 0.2, count)
-        assert (loss.item(), clip_fraction.item()) == pytest.approx(policy_loop(new, count or 9), abs=1e-7) and clip_fraction > 0
+        loss, clip_fraction = ppo.policy_loss(x, old, advantages, count, 0.2)
+        assert (loss.item(), clip_fraction.item()) == pytest.approx(policy_loop(new, count), abs=1e-7) and clip_fraction > 0
         y = values.clone().requires_grad_()
-        assert ppo.value_loss(y, old_values, returns, mask, 0.2, count).item() == pytest.approx(value_loop(values, count or 9), abs=1e-12)
+        assert ppo.value_loss(y, old_values, returns, count, 0.2).item() == pytest.approx(value_loop(values, count), abs=1e-12)
     loss.backward()
-    ppo.value_loss(y, old_values, returns, mask, 0.2, 20).backward()
+    ppo.value_loss(y, old_values, returns, 20, 0.2).backward()
     for b, n in enumerate(LENGTHS):
         for t in range(n):
             step = torch.zeros(3, 5, dtype=torch.float64)
@@ -155,14 +164,14 @@ def test_losses_and_their_gradients_are_the_loops(tokens):
 def test_kl_estimates_are_the_loops_and_their_expectation_is_the_kl(tokens):
     mask, draw = tokens
     logps, reference = draw(), draw()
-    k1, k3 = ppo.kl_estimates(logps, reference, mask)
+    k1, k3 = ppo.kl_estimates(logps, reference)
     for ours, estimate in ((k1, lambda x, y: x - y), (k3, lambda x, y: math.exp(y - x) - 1 - (y - x))):
         expected = [estimate(x, y) for lp, ref in zip(rows(logps), rows(reference)) for x, y in zip(lp, ref)]
         assert [x for row in rows(ours) for x in row] == pytest.approx(expected, abs=1e-12)
         assert (ours[~mask] == 0).all()
     p, q = (torch.randn(1, 50, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     exact = (p.exp() * (p - q)).sum().item()
-    assert [(p.exp() * k).sum().item() for k in ppo.kl_estimates(p, q, torch.ones(1, 50, dtype=torch.bool))] == pytest.approx([exact, exact])
+    assert [(p.exp() * k).sum().item() for k in ppo.kl_estimates(p, q)] == pytest.approx([exact, exact])
 
 
 @pytest.mark.parametrize("kl, error", [(6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (0.0, -0.2), (-3.0, -0.2)])
@@ -192,8 +201,8 @@ def test_samples_against_transformers(monkeypatch, tmp_path):
     lengths = [len(ids) for ids, _, _ in answers]
     assert len(set(lengths)) > 1 and max(lengths) <= 12
     batch = ppo.collate(prompts, [ids for ids, _, _ in answers], 258, torch.device("cpu"))
-    with policy.on_stage() as model, torch.no_grad():
-        trained = policy.logps(batch, T).split(lengths)
+    with torch.no_grad():
+        model, trained = policy.activate(), policy.logps(batch, T).split(lengths)
         for prompt, (ids, logps, entropies), again in zip(prompts, answers, trained):
             assert len(ids) == 12 or ids[-1] in stop
             assert not set(ids[:-1]) & set(stop)
@@ -240,7 +249,9 @@ def collected(monkeypatch, tmp_path, *more, stop=(257,), reward=lambda answer: f
         return [reward(answer) for answer in answers]
 
     own = {} if own is None else own
-    return ppo.collect(args, roles, tokenizer, scorer, own, list(stop), corpus, list(range(8)), [0, 0]), seen
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "stop_ids", lambda *args: list(stop))
+        return ppo.collect(args, roles, tokenizer, scorer, own, corpus, [[document] for document in range(8)], [0, 0]), seen
 
 
 def test_samples_do_not_depend_on_the_batch(monkeypatch, tmp_path):
@@ -320,39 +331,35 @@ def batch_of(answers=((5, 6, 7), (8,), (9, 10), (11, 12, 257))):
     return ppo.collate(encoded(), [list(answer) for answer in answers], 258, torch.device("cpu"))
 
 
-def test_one_base_serves_all_and_adapters_do_not_leak(monkeypatch, tmp_path):
+def test_one_base_serves_all_and_adapters_do_not_leak(monkeypatch, tmp_path, capsys):
     roles = roles_of(parse(monkeypatch, *flags(tmp_path, "x", *LORA)))
     model, plain, batch = roles["policy"].model, common.tiny_model(), batch_of()
     assert all(role.model is model for role in roles.values())
     base, pair = sum(p.numel() for p in plain.parameters()), sum(t.numel() for t in ppo.adapter_tensors(model, "policy").values())
-    table = ppo.memory_table(roles).splitlines()
-    assert len(table) == 4 and f"{base:,}" in table[1] and "policy + critic + reference" in table[1]
-    every = {p for role in roles.values() for p in role.parameters()}
+    every = {*model.parameters(), roles["critic"].head.weight}
     assert sum(p.numel() for p in every) == base + 2 * pair + 128
-    assert f"{pair:,}" in table[2] and f"{pair + 128:,}" in table[3]
+    gib = (4 * (base + 2 * pair + 128)) / 2**30
+    said = f"in memory for policy, reference, critic: 1 model(s), {base + 2 * pair + 128:,} parameters, {gib:.3f} GiB; {2 * pair + 128:,} of them train"
+    assert said in capsys.readouterr().out
+    assert {p for p in every if p.requires_grad} == {*roles["policy"].own_parameters(), *roles["critic"].own_parameters()}
 
     randomise(model, "policy")
     randomise(model, "critic", seed=2)
     roles["critic"].head.weight.data.normal_()
     with torch.no_grad():
-        expected = common.target_logps(plain, **batch)
-        with roles["reference"].on_stage():
-            assert torch.equal(roles["reference"].logps(batch, 1.0), expected)
-        with roles["critic"].on_stage():
-            before = roles["critic"].values(**batch)
-    with roles["policy"].on_stage():
-        logps = roles["policy"].logps(batch, 1.0)
-        assert (logps - expected).abs().max() > 0.1
-        logps.sum().backward()
+        expected, before = common.target_logps(plain, **batch), roles["critic"].values(batch)
+        assert torch.equal(roles["reference"].logps(batch, 1.0), expected)
+    logps = roles["policy"].logps(batch, 1.0)
+    assert (logps - expected).abs().max() > 0.1
+    logps.sum().backward()
     with_gradient = {p for p in every if p.grad is not None}
     assert with_gradient == set(ppo.adapter_tensors(model, "policy").values())
     for p in with_gradient:
         p.grad = None
     randomise(model, "policy", seed=3)
-    with roles["critic"].on_stage():
-        values = roles["critic"].values(**batch)
-        assert torch.equal(values, before)
-        values.sum().backward()
+    values = roles["critic"].values(batch)
+    assert torch.equal(values, before)
+    values.sum().backward()
     assert {p for p in every if p.grad is not None} == {*ppo.adapter_tensors(model, "critic").values(), roles["critic"].head.weight}
 
 
@@ -362,14 +369,13 @@ def test_the_value_heads_gradient_is_the_closed_form(more, monkeypatch, tmp_path
     critic, batch = roles_of(parse(monkeypatch, *flags(tmp_path, "x", *more)))["critic"], batch_of()
     mask = torch.arange(3) < torch.tensor([3, 1, 2, 3])[:, None]
     returns = torch.randn(4, 3) * mask
-    with critic.on_stage() as model:
-        values = ppo.as_rows(critic.values(**batch), mask)
-        assert torch.equal(values, torch.zeros(4, 3))
-        ppo.value_loss(values, values.detach(), returns, mask, 0.2).backward()
-        hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    values = ppo.as_rows(critic.values(batch), mask)
+    assert torch.equal(values, torch.zeros(4, 3))
+    ppo.value_loss(values, values.detach(), returns, 9, 0.2).backward()
+    hidden = critic.model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     h = hidden.flatten(0, 1)[batch["target_index"]].double()
     torch.testing.assert_close(critic.head.weight.grad[0].double(), (-returns[mask].double()[:, None] * h).mean(0), rtol=1e-4, atol=1e-6)
-    others = [p.grad for p in critic.parameters() if p is not critic.head.weight and p.grad is not None]
+    others = [p.grad for p in critic.own_parameters() if p is not critic.head.weight and p.grad is not None]
     assert others and all((gradient == 0).all() for gradient in others)
 
 
@@ -380,10 +386,8 @@ def test_the_reference_stays_and_what_is_saved_is_the_policy(more, monkeypatch, 
     ppo.main(flags(tmp_path, "run", *more))
     roles, plain, batch = caught[0], common.tiny_model(), batch_of()
     with torch.no_grad():
-        with roles["reference"].on_stage():
-            assert torch.equal(roles["reference"].logps(batch, 1.0), common.target_logps(plain, **batch))
-        with roles["policy"].on_stage():
-            expected = roles["policy"].logps(batch, 1.0)
+        assert torch.equal(roles["reference"].logps(batch, 1.0), common.target_logps(plain, **batch))
+        expected = roles["policy"].logps(batch, 1.0)
         assert (expected - common.target_logps(plain, **batch)).abs().max() > 1e-3
         auto = peft.AutoPeftModelForCausalLM if more else transformers.AutoModelForCausalLM
         saved = auto.from_pretrained(tmp_path / "run")
@@ -397,14 +401,29 @@ def test_a_policy_that_starts_from_an_adapter_has_it_as_reference(monkeypatch, t
     roles = roles_of(parse(monkeypatch, *flags(tmp_path, "x", "--adapter", tmp_path / "first")))
     batch = batch_of()
     with torch.no_grad():
-        found = []
-        for name in ("policy", "reference"):
-            with roles[name].on_stage():
-                found.append(roles[name].logps(batch, 1.0))
+        found = [roles[name].logps(batch, 1.0) for name in ("policy", "reference")]
     assert torch.equal(*found) and not torch.equal(found[0], common.target_logps(common.tiny_model(), **batch))
     assert not any(p.requires_grad for p in ppo.adapter_tensors(roles["policy"].model, "reference").values())
     ppo.main(flags(tmp_path, "second", "--adapter", tmp_path / "first"))
     assert read_metrics(tmp_path / "second")[1]["kl"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("more", [[], LORA])
+def test_in_bfloat16_kl_starts_at_zero(more, tmp_path):
+    """Policy and reference round alike, whether or not they share their weights; and updates start at ratio 1."""
+    ppo.main(flags(tmp_path, "run", *more, "--dtype", "bfloat16", "--max-steps", 1))
+    (entry,) = (entry for entry in read_metrics(tmp_path / "run") if "score" in entry)
+    assert entry["kl"] == entry["kl_k3"] == 0 and entry["sampling_error"] > 1e-4
+
+
+def test_weights_are_cast_again_in_every_pass_but_in_sampling(monkeypatch, tmp_path):
+    """A cache of autocast's would hold all weights in bfloat16 through a pass that recomputes blocks."""
+    args = parse(monkeypatch, *flags(tmp_path, "x", "--dtype", "bfloat16"))
+    policy, cached = ppo.load_roles(args, None, True, torch.bfloat16, torch.device("cpu"))["policy"], []
+    policy.model.model.layers[0].register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    policy.logps(batch_of(), 1.0)
+    ppo.sample(policy, encoded(), torch.rand(4, 2, dtype=torch.float64), [], 1.0, pad_id=258)
+    assert cached == [False, True, True]
 
 
 def test_recomputing_blocks_changes_nothing(tmp_path):
@@ -457,13 +476,27 @@ def test_scores_are_transformers_and_the_critic_starts_from_them(lora, more, mon
     with torch.no_grad():
         expected = [theirs(input_ids=torch.tensor([row])).logits.item() - 0.25 for row in ids]
         assert ours == pytest.approx(expected, abs=1e-5) and np.std(ours) > 1e-3
-        with roles["critic"].on_stage():
-            rows, mask = ppo.padded(ids, 0, torch.device("cpu"))
-            values = roles["critic"].values(rows, mask, torch.arange(4) * rows.shape[1] + mask.sum(1) - 1)
+        rows, mask = ppo.padded(ids, 0, torch.device("cpu"))
+        last = torch.arange(4) * rows.shape[1] + mask.sum(1) - 1
+        values = roles["critic"].values({"input_ids": rows, "attention_mask": mask, "target_index": last})
     shared = lora and bool(more)
     assert (roles["reward"].model is roles["policy"].model) == shared
     torch.testing.assert_close(values, torch.tensor(expected) if shared or not more else torch.zeros(4), rtol=0, atol=1e-5)
-    assert not any(p.requires_grad for p in roles["reward"].parameters() if p not in set(roles["critic"].parameters()))
+    assert not any(p.requires_grad for p in roles["reward"].own_parameters())
+
+
+def test_a_merged_reward_model_is_rounded_once(monkeypatch, tmp_path):
+    """bfloat16(W0 + s B A), not bfloat16(W0) + bfloat16(s B A)."""
+    save_reward_model(tmp_path / "reward", True)
+    args = parse(monkeypatch, *flags(tmp_path, "x", "--dtype", "bfloat16"))
+    cpu = torch.device("cpu")
+    ours = ppo.load_classifier(args, str(tmp_path / "reward"), "--reward", torch.bfloat16, cpu, torch.bfloat16).model.state_dict()
+    base, tensors = load_file(tmp_path / "reward" / "base" / "model.safetensors"), load_file(tmp_path / "reward" / "adapter_model.safetensors")
+    for key in [key for key in tensors if "lora_A" in key]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        update = 5 / 3 * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+        expected, twice = (base[name].bfloat16() + update).bfloat16(), base[name].bfloat16() + update.bfloat16()
+        assert torch.equal(ours[name], expected) and not torch.equal(expected, twice)
 
 
 def test_a_reward_model_with_another_template_reads_text(monkeypatch, tmp_path):
@@ -525,7 +558,7 @@ def test_at_the_first_update_the_ratio_is_one(tmp_path):
 
 def test_a_training_pass_unlike_the_rollout_is_found(monkeypatch, tmp_path):
     logps = ppo.Role.logps
-    monkeypatch.setattr(ppo.Role, "logps", lambda *args: logps(*args) + 0.001 * torch.is_grad_enabled())
+    monkeypatch.setattr(ppo.Role, "logps", lambda *args, **more: logps(*args, **more) + 0.001 * torch.is_grad_enabled())
     with pytest.raises(common.UserError, match="the first update finds other log-probabilities"):
         ppo.main(flags(tmp_path, "run"))
 
@@ -567,28 +600,35 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(more, monkeypatch, tmp_
 @pytest.mark.parametrize("figure, value, match", [
     ("kl", 1000.0, "KL has exploded"), ("entropy", 1e-9, "collapsed: its entropy"), ("kl", math.nan, "not finite"),
 ])  # fmt: skip
-def test_a_policy_gone_astray_stops_before_it_is_saved(figure, value, match, monkeypatch, tmp_path):
-    collect = ppo.collect
+@pytest.mark.parametrize("steps, more", [(4, []), (3, []), (3, ["--eval-fraction", 0.3])], ids=["in between", "at the end", "at the last evaluation"])
+def test_a_policy_gone_astray_stops_before_it_is_saved(figure, value, match, steps, more, monkeypatch, tmp_path):
+    """After the third step: found in the next rollout; after the last step in the evaluation, or without one in a rollout for that."""
+    collect, calls = ppo.collect, []
 
     def astray(*args):
         rollout = collect(*args)
-        rollout.figures |= {figure: value} if args[-1] == [0, 3] else {}
+        calls.append(args[-1])
+        astray = calls.count([1]) == 2 if more else args[-1] == [0, 3]  # of evaluations the second is the last
+        rollout.figures.update({figure: value} if astray else {})
         return rollout
 
     monkeypatch.setattr(ppo, "collect", astray)
     with pytest.raises(common.UserError, match=f"step 3: .*{match}.*step-00000002"):
-        ppo.main(flags(tmp_path, "run", *LORA, "--max-steps", 4, "--save-every", 1))
+        ppo.main(flags(tmp_path, "run", *LORA, "--max-steps", steps, "--save-every", 1, *more))
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-00000002"]
 
 
-def test_every_rollout_is_checked_once_the_first_one_too(monkeypatch, tmp_path):
+@pytest.mark.parametrize("fraction, streams", [(0, [[0, 0], [0, 1], [0, 2]]), (0.3, [[1], [0, 0], [0, 1], [1]])])
+def test_every_rollout_is_checked_once_the_first_one_too(fraction, streams, monkeypatch, tmp_path):
+    """With held-out prompts there is no rollout after the last step."""
     collect, check_health, collected, checked = ppo.collect, ppo.check_health, [], []
-    monkeypatch.setattr(ppo, "collect", lambda *args: collected.append(collect(*args)) or collected[-1])
-    monkeypatch.setattr(ppo, "check_health", lambda rollout, *args: checked.append(rollout) or check_health(rollout, *args))
-    ppo.main(flags(tmp_path, "run", *LORA, "--max-steps", 2))
-    assert len(checked) == 3 and all(a is b for a, b in zip(checked, collected, strict=True))
-    with pytest.raises(common.UserError, match="step 1: the policy has collapsed: .*there is no checkpoint yet"):
-        ppo.main(flags(tmp_path, "first", *LORA, "--min-entropy", 100))
+    monkeypatch.setattr(ppo, "collect", lambda *args: collected.append((args[-1], collect(*args))) or collected[-1][1])
+    monkeypatch.setattr(ppo, "check_health", lambda figures, *args: checked.append(figures) or check_health(figures, *args))
+    ppo.main(flags(tmp_path, "run", *LORA, "--max-steps", 2, "--eval-fraction", fraction))
+    assert [stream for stream, _ in collected] == streams
+    assert all(a is rollout.figures for a, (_, rollout) in zip(checked, collected, strict=True))
+    with pytest.raises(common.UserError, match="step 0: the policy has collapsed: .*there is no checkpoint yet"):
+        ppo.main(flags(tmp_path, "first", *LORA, "--min-entropy", 100, "--eval-fraction", fraction))
 
 
 TIMINGS = {"tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_gib", "seconds"}
@@ -623,19 +663,19 @@ def test_clip_holds_both_losses(monkeypatch, tmp_path):
     calls, policy_loss, value_loss = {"policy": [], "value": []}, ppo.policy_loss, ppo.value_loss
 
     def spied(kind, function):
-        return lambda *args: calls[kind].append([x.detach().double() for x in args[:3]] + [args[3], args[5]]) or function(*args)
+        return lambda *args: calls[kind].append([x.detach().double().flatten() for x in args[:3]] + [args[3]]) or function(*args)
 
     monkeypatch.setattr(ppo, "policy_loss", spied("policy", policy_loss))
     monkeypatch.setattr(ppo, "value_loss", spied("value", value_loss))
     found, _ = one_rollout(tmp_path, "run", "--ppo-epochs", 3, "--clip", 0.03, "--lr", 3e-4, "--critic-lr", 1e-3)
     policy = value = clipped = unclipped = 0.0
-    for new, old, advantages, mask, count in calls["policy"]:
-        for x, y, a in zip(*(z[mask].tolist() for z in (new, old, advantages))):
+    for new, old, advantages, count in calls["policy"]:  # padding, 0 in all of them, adds nothing
+        for x, y, a in zip(*(z.tolist() for z in (new, old, advantages))):
             ratio = math.exp(x - y)
             policy -= min(ratio * a, min(max(ratio, 0.97), 1.03) * a) / count / 3
             clipped += (abs(ratio - 1) > 0.03) / count / 3
-    for new, old, returns, mask, count in calls["value"]:
-        for x, y, z in zip(*(z[mask].tolist() for z in (new, old, returns))):
+    for new, old, returns, count in calls["value"]:
+        for x, y, z in zip(*(z.tolist() for z in (new, old, returns))):
             value += 0.5 * max((x - z) ** 2, (y + min(max(x - y, -0.03), 0.03) - z) ** 2) / count / 3
             unclipped += 0.5 * (x - z) ** 2 / count / 3
     assert [found[name] for name in ("policy_loss", "value_loss", "clip_fraction")] == pytest.approx([policy, value, clipped], rel=1e-4, abs=1e-6)
@@ -645,11 +685,10 @@ def test_clip_holds_both_losses(monkeypatch, tmp_path):
 @pytest.mark.parametrize("flag, stops, goes_on", [("--max-kl", 2.9, 3.1), ("--min-entropy", 0.06, 0.04)])
 def test_where_a_policy_has_gone_astray_is_the_flags_number(flag, stops, goes_on, monkeypatch, tmp_path):
     """12 nats an answer of 4 tokens are 3 a token; entropy 0.05."""
-    rollout = SimpleNamespace(figures={"kl": 12.0, "response_length": 4.0, "entropy": 0.05})
-    run = SimpleNamespace(step=0, checkpoints=list)
-    ppo.check_health(rollout, run, parse(monkeypatch, *flags(tmp_path, "x", flag, goes_on)))
+    figures, run = {"kl": 12.0, "response_length": 4.0, "entropy": 0.05}, SimpleNamespace(checkpoints=list)
+    ppo.check_health(figures, 0, run, parse(monkeypatch, *flags(tmp_path, "x", flag, goes_on)))
     with pytest.raises(common.UserError, match=flag):
-        ppo.check_health(rollout, run, parse(monkeypatch, *flags(tmp_path, "x", flag, stops)))
+        ppo.check_health(figures, 0, run, parse(monkeypatch, *flags(tmp_path, "x", flag, stops)))
 
 
 def test_alpha_scales_the_adapters(monkeypatch, tmp_path):
