@@ -468,15 +468,11 @@ def render(tokenizer, conversation: list[dict], prompt: bool = False) -> list[in
     return tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, return_dict=False)
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def answer_span(tokenizer, conversation: list[dict]) -> tuple[list[int], int, int]:
     """(ids, start, end) of a conversation that ends with an answer: its targets are ids[start:end], from behind the
     generation prompt to the end-of-turn token, without the line break that some templates put after that."""
     prompt, ids = render(tokenizer, conversation[:-1], prompt=True), render(tokenizer, conversation)
-    start, end = common_prefix(prompt, ids), len(ids)
+    start, end = len(os.path.commonprefix([prompt, ids])), len(ids)  # it takes lists as well
     # A generation prompt that opens a thinking block is no prefix of an answer without one: the targets begin where the
     # two part, but never before the turn's own header.
     if start < len(prompt) and start <= len(render(tokenizer, conversation[:-1])):
@@ -512,7 +508,7 @@ def encode_conversation(tokenizer, conversation: list[dict], joined: bool = Fals
         return [(ids, marks)]
     answers = [i for i, message in enumerate(conversation) if i > 0 and message["role"] == "assistant"]
     spans = [answer_span(tokenizer, conversation[: i + 1]) for i in answers]
-    if all(common_prefix(ids, spans[-1][0]) >= end for ids, _, end in spans):
+    if all(ids[:end] == spans[-1][0][:end] for ids, _, end in spans):
         full = spans[-1][0] if spans else []
         return [(full, [any(start <= i < end for _, start, end in spans) for i in range(len(full))])]
     return [(ids, [start <= i < end for i in range(len(ids))]) for ids, start, end in spans]
@@ -529,59 +525,24 @@ def encode_answers(tokenizer, prompt: list[dict], answers: list[dict], joined: b
     return [(ids, [start <= i < end for i in range(len(ids))]) for ids, _, end in spans]
 
 
-@contextmanager
-def template_errors(where: str):
-    """A template is a program: whatever it divides by zero or looks up in vain, in a with block, is the row's error."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{where}: the chat template refuses this conversation: {error}")
-
-
 def with_system(conversation: list[dict], args) -> list[dict]:
     """--system in front, where a conversation has no system turn of its own."""
     missing = args.system is not None and conversation and conversation[0]["role"] != "system"
     return [{"role": "system", "content": args.system}] * bool(missing) + conversation
 
 
-def is_empty(answers: list[dict]) -> bool:
-    return any(not answer["content"].strip() for answer in answers)
+def encode_text(tokenizer, text: str, max_length: int) -> list[tuple[list[int], list[bool]]]:
+    """Raw text: every token is a target; a long text becomes consecutive documents."""
+    ids = tokenizer(text).input_ids
+    ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
+    pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+    return [(piece, [True] * len(piece)) for piece in pieces]
 
 
-def encode_training_row(row, where: str, tokenizer, args) -> tuple[str | list[dict], list, bool]:
-    """-> (prompt, documents of (ids, is_target), whether a text in it is empty)"""
-    parsed = parse_row(row, where)
-    if isinstance(parsed, str):  # raw text: every token is a target; a long text becomes consecutive documents
-        ids = tokenizer(parsed).input_ids if parsed.strip() else []
-        ids += [tokenizer.eos_token_id] if ids and ids[-1] != tokenizer.eos_token_id else []
-        pieces = [ids[i : i + args.max_length] for i in range(0, len(ids), args.max_length)]
-        return parsed, [(piece, [True] * len(piece)) for piece in pieces], not parsed.strip()
-    while parsed and parsed[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
-        parsed.pop()
-    prompt = parsed[: next((i for i, m in enumerate(parsed) if i and m["role"] == "assistant"), None)]
-    empty = is_empty([m for m in parsed if m["role"] == "assistant"])
-    with template_errors(where):
-        documents = [] if empty or not parsed else encode_conversation(tokenizer, with_system(parsed, args), args.template == "none")
-    if getattr(args, "loss_on", "answers") == "all":
-        documents = [(ids, [True] * len(ids)) for ids, _ in documents]
-    return prompt, documents, empty
-
-
-def encode_preference_row(row, where: str, tokenizer, args) -> tuple[list[dict], list, bool, float]:
-    """-> (prompt, a document for each answer, best first, whether an answer is empty, margin)"""
-    prompt, answers, margin = parse_preference(row, where)
-    with template_errors(where):
-        documents = [] if is_empty(answers) else encode_answers(tokenizer, with_system(prompt, args), answers, args.template == "none")
-    return prompt, documents, is_empty(answers), margin
-
-
-def encode_prompt_row(row, where: str, tokenizer, args) -> tuple[list[dict], list, bool, str]:
-    """-> (prompt, its document, whether the answer it comes with is empty, prompt and answer as JSON)"""
-    (prompt, answers), joined = parse_prompt(row, where), args.template == "none"
-    conversation = with_system(prompt, args)
-    with template_errors(where):
-        ids = encode_conversation(tokenizer, conversation, joined)[0][0] if joined else render(tokenizer, conversation, prompt=True)
-    return prompt, [(ids, [False] * len(ids))], is_empty(answers), json.dumps(conversation + answers)
+def encode_prompt(tokenizer, conversation: list[dict], joined: bool) -> list[tuple[list[int], list[bool]]]:
+    """One document without targets, up to where an answer begins."""
+    ids = encode_conversation(tokenizer, conversation, joined)[0][0] if joined else render(tokenizer, conversation, prompt=True)
+    return [(ids, [False] * len(ids))]
 
 
 KEPT, CUT, NO_TARGET, EMPTY = range(4)  # what became of a document
@@ -595,13 +556,35 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
     kind "prompts": a document is a prompt, up to where an answer begins. `conversation` has it as text (JSON), with the answer it
     comes with, if any, for programs that read text and for models with another template.
     """
-    columns = {"margin": 0.0, "answers": 1}
+    columns, joined = {"margin": 0.0, "answers": 1}, args.template == "none"
     if kind == "preferences":
-        prompt, documents, empty, columns["margin"] = encode_preference_row(row, where, tokenizer, args)
+        prompt, answers, columns["margin"] = parse_preference(row, where)
     elif kind == "prompts":
-        prompt, documents, empty, columns["conversation"] = encode_prompt_row(row, where, tokenizer, args)
+        prompt, answers = parse_prompt(row, where)
+        columns["conversation"] = json.dumps(with_system(prompt, args) + answers)
+    elif isinstance(turns := parse_row(row, where), str):
+        prompt, answers = turns, [{"content": turns}]
     else:
-        prompt, documents, empty = encode_training_row(row, where, tokenizer, args)
+        while turns and turns[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
+            turns.pop()
+        prompt = turns[: next((i for i, m in enumerate(turns) if i and m["role"] == "assistant"), None)]
+        answers = [m for m in turns if m["role"] == "assistant"]
+    empty = any(not answer["content"].strip() for answer in answers)
+    try:
+        if empty or not prompt:
+            documents = []
+        elif isinstance(prompt, str):
+            documents = encode_text(tokenizer, prompt, args.max_length)
+        elif kind == "preferences":
+            documents = encode_answers(tokenizer, with_system(prompt, args), answers, joined)
+        elif kind == "prompts":
+            documents = encode_prompt(tokenizer, with_system(prompt, args), joined)
+        else:
+            documents = encode_conversation(tokenizer, with_system(turns, args), joined)
+    except Exception as error:  # a template is a program: whatever it divides by zero or looks up in vain is the row's error
+        raise UserError(f"{where}: the chat template refuses this conversation: {error}")
+    if getattr(args, "loss_on", "answers") == "all":
+        documents = [(ids, [True] * len(ids)) for ids, _ in documents]
     # rows with the same prompt share a number, so that the held-out split can keep them together
     key = prompt if isinstance(prompt, str) else json.dumps([(m["role"], m["content"]) for m in prompt])
     columns["prompt"] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], signed=True)
@@ -623,15 +606,6 @@ def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "c
             record["answers"] = 0 if n else len(records)
         records = next(([record] for record in records if record["status"] > CUT), records)
     return records
-
-
-def end_of_turn(tokenizer) -> int:
-    """The special token that ends an answer in this chat template; eos where the template has none."""
-    if tokenizer.chat_template:
-        ids, _, end = answer_span(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        if ids[end - 1] in tokenizer.all_special_ids:
-            return ids[end - 1]
-    return tokenizer.eos_token_id
 
 
 # ------------------------------------------------------------------------------------------------------- 4. Batches
@@ -1777,7 +1751,11 @@ def corpus_means(model, corpus: Corpus, sums) -> dict[str, float]:
 def stop_ids(model, tokenizer) -> list[int]:
     """Tokens that end an answer: the tokenizer's eos, the model's own, and the chat template's end of turn."""
     own = model.generation_config.eos_token_id
-    return list(dict.fromkeys([end_of_turn(tokenizer), tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])]))
+    stop = [tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])]
+    if tokenizer.chat_template:
+        ids, _, end = answer_span(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        stop = [ids[end - 1]] * (ids[end - 1] in tokenizer.all_special_ids) + stop
+    return list(dict.fromkeys(stop))
 
 
 def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens: int = 128) -> list[str]:

@@ -8,9 +8,17 @@ Both sides train the same random Llama on the same documents, in the same precis
 differences, each in a process of its own, in turn: ours, theirs, ours, theirs ... Documents are of one length, so that both fill
 the same rows. Printed are medians of tokens/s (the first two steps are not counted) and of peak memory above the loaded model
 (resident memory on a CPU, allocated memory on a GPU), their ratio, and the spread over the repeats.
+
+TRL and PEFT run with their defaults but for two things, so that both sides do the same work:
+- TRL makes QLoRA's adapters bfloat16; they are made float32 again before the first step, as ours are.
+- On a GPU, TRL's packed rows run the flash kernel that ours run, PyTorch's `varlen_attn`. TRL itself takes any attention that
+  transformers knows, but transformers' sdpa builds a (T, T) mask for packed rows, which no flash kernel takes, and its
+  flash_attention_2 needs a package that is not installed here. So `packed_attention` is registered under a name of its own; it
+  reads the documents' bounds that TRL's collator makes. On a CPU, theirs is transformers' sdpa. Padded rows are sdpa on both sides.
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -78,11 +86,20 @@ def make_work(folder: Path, args) -> None:
             file.write(json.dumps({"prompt": [{"role": "user", "content": text(n, prompt)}], **pair}) + "\n")
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def host_memory() -> tuple[int, int] | None:
+    """Bytes that this container holds now and at most since it began, page cache and all processes included."""
+    files = [CGROUP / "memory.current", CGROUP / "memory.peak"]
+    return tuple(int(file.read_text()) for file in files) if all(file.exists() for file in files) else None
+
+
 class Meter:
     """Time of each step but the first `skip`, and memory above what there was when training began."""
 
     def __init__(self, skip: int):
-        self.skip = skip
+        self.skip, self.host = skip, host_memory()
 
     def begin(self) -> None:
         import torch
@@ -115,6 +132,10 @@ class Meter:
 
         peak = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")
         times = self.times[self.skip :]
+        if self.cuda:  # pinned memory, which may be missing in the process's own
+            more["pinned_gib"] = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30
+        if self.host and host_memory()[1] > self.host[1]:  # else the container once held more, and its peak says nothing of this run
+            more["container_gib"] = (host_memory()[1] - self.host[0]) / 2**30
         print("RESULT", json.dumps({"tokens_per_second": tokens_per_step * len(times) / sum(times), "gib": (peak - self.before) / 2**30,
                                     "loaded_gib": self.before / 2**30, "host_gib": self.resident("VmHWM") / 2**30, "steps": len(times), **more}))  # fmt: skip
 
@@ -245,6 +266,34 @@ KINDS = {
 }  # fmt: skip
 
 
+REST = "the rest: autograd, views, Python"
+
+
+def time_by_kind(events, on_gpu: bool) -> dict[str, float]:
+    """A profiler's averaged events -> microseconds by kind, on the GPU or on the CPU.
+
+    On a GPU each kernel is there twice, under the operation that launched it (device_type CPU) and under its own name, and a
+    user annotation, such as an optimizer's step, spans kernels that have rows of their own. So operations say what a kernel was
+    for, kernels how long all of them took, annotations nothing; a kernel that no operation launched is part of the rest.
+    """
+    from torch.autograd import DeviceType
+
+    times = dict.fromkeys([*KINDS, REST], 0.0)
+    for event in events:
+        if on_gpu and event.device_type != DeviceType.CPU:
+            times[REST] += 0.0 if event.is_user_annotation else event.self_device_time_total
+            continue
+        name = event.key.removeprefix("aten::")
+        kind = next((kind for kind, names in KINDS.items() if name in names or name.startswith(tuple(n for n in names if n[0] == "_"))), None)
+        kind = kind if event.key.startswith("aten::") and kind else REST
+        if not on_gpu:
+            times[kind] += event.self_cpu_time_total
+        elif kind != REST:  # out of the rest, which has all kernels
+            times[kind] += event.self_device_time_total
+            times[REST] -= event.self_device_time_total
+    return times
+
+
 def profile_steps(first: int = 2, last: int = 4) -> None:
     """Profile some steps of the run that follows, print where their time went, and end the process."""
     import torch
@@ -259,16 +308,40 @@ def profile_steps(first: int = 2, last: int = 4) -> None:
             profiler.__enter__()
         if run.step == last:
             profiler.__exit__(None, None, None)
-            on_gpu, times = torch.cuda.is_available(), dict.fromkeys([*KINDS, "the rest: autograd, views, Python"], 0.0)
-            for event in profiler.key_averages():
-                name = event.key.removeprefix("aten::")
-                kind = next((kind for kind, names in KINDS.items() if name in names or name.startswith(tuple(n for n in names if n[0] == "_"))), None)
-                kind = kind if event.key.startswith("aten::") and kind else "the rest: autograd, views, Python"
-                times[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / (last - first)
-            print("RESULT", json.dumps({"ms": times}), flush=True)
+            times = time_by_kind(profiler.key_averages(), torch.cuda.is_available())
+            print("RESULT", json.dumps({"ms": {kind: time / 1e3 / (last - first) for kind, time in times.items()}}), flush=True)
             os._exit(0)
 
     common.Run.end_step = counted_end_step
+
+
+def packed_attention():
+    """The attention of theirs on a GPU, in the form of a transformers attention function: causal inside each document of a row that
+    TRL has packed, with PyTorch's flash kernel. No mask function is registered beside it, and so transformers makes no mask."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.13 wants to be told that there may be fewer key-value heads; 2.11 has no such option, and its kernel takes them
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, max_length_q=None, **_):
+        """query (1, H, T, head_dim), key and value (1, H_kv, T, head_dim), cu_seq_lens_q (documents + 1,) -> (1, T, H, head_dim), None"""
+        if cu_seq_lens_q is None or attention_mask is not None or dropout:
+            raise NotImplementedError("only packed rows, without a mask and without dropout")
+        if query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):  # rotary embedding is in float32 then
+            query, key = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value.to(query.dtype)))  # -> (T, H, head_dim)
+        bounds, longest = cu_seq_lens_q, max_length_q
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **gqa)[None], None
+
+    return attend
+
+
+def float32_adapters(model) -> None:
+    """What trains, in float32: TRL makes the adapters of a model in 4 bits bfloat16."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
 
 
 def theirs(folder: str, args) -> None:
@@ -298,6 +371,9 @@ def theirs(folder: str, args) -> None:
     model = auto_class.from_pretrained(folder, dtype=dtype, **head)
     if args.method == "qlora":
         model = quantized_with_bitsandbytes(model)
+    if cuda and args.method not in PREFERENCES and not padding:
+        transformers.AttentionInterface.register("packed", packed_attention())
+        model.set_attn_implementation("packed")
     common_args = dict(model=model, processing_class=tokenizer, train_dataset=table, peft_config=lora if adapter else None)
     if args.method in ("lora", "dora", "qlora", "full", "sft"):
         config = trl.SFTConfig(**options, max_length=args.length, packing=not padding, completion_only_loss=True)
@@ -310,6 +386,9 @@ def theirs(folder: str, args) -> None:
         trainer = ORPOTrainer(args=ORPOConfig(**options, max_length=args.length), **common_args)
     else:
         trainer = trl.RewardTrainer(args=trl.RewardConfig(**options, max_length=args.length), **common_args)
+
+    if args.method == "qlora":
+        float32_adapters(trainer.model)
 
     class Callback(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -346,7 +425,7 @@ def measure(side: str, folder: str, args, seconds: float | None = None) -> dict:
 
 
 def profile(args) -> None:
-    print(f"| method | ms a step | {' | '.join(KINDS)} | the rest: autograd, views, Python |\n" + "|---" * (len(KINDS) + 3) + "|")
+    print(f"| method | ms a step | {' | '.join(KINDS)} | {REST} |\n" + "|---" * (len(KINDS) + 3) + "|")
     for args.method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             make_work(Path(folder), args)
@@ -361,11 +440,11 @@ def profile(args) -> None:
 def growth(args) -> None:
     """One figure grows at a time. Rows are packed, so 8 rows of 512 are one row of 4,096 to the model."""
     args.method = args.methods[0]
-    lengths = [512 * 2**n for n in range(7)]
+    lengths = [512 * 2**n for n in range(7) if 512 * 2**n <= args.until]
     series = {
         "one document a row": [dict(length=n, document=n, rows=1, processes=1) for n in lengths],
         "documents of 512 in a row": [dict(length=n, document=512, rows=1, processes=1) for n in lengths],
-        "rows of 512 a step": [dict(length=512, document=512, rows=n, processes=1) for n in (1, 2, 4, 8)],
+        "rows of 512 a step": [dict(length=512, document=512, rows=n, processes=1) for n in (1, 2, 4, 8) if 512 * n <= args.until],
         "processes, a row of 2,048 each": [dict(length=2048, document=512, rows=1, processes=n) for n in (1, 2)] * (args.processes > 1),
     }
     print("| what grows | tokens a step | tokens/s | GiB above the loaded model, a process |\n|---|---|---|---|")
@@ -382,7 +461,8 @@ def growth(args) -> None:
                 continue
             curves.setdefault(name, []).append((tokens, result["tokens_per_second"], result["gib"]))
             print(f"| {name} | {tokens:,} | {result['tokens_per_second']:,.0f} | {result['gib']:.2f} |", flush=True)
-    (ROOT / "examples" / "growth.svg").write_text(growth_picture(curves), encoding="utf-8")
+    if curves:
+        args.picture.write_text(growth_picture(curves), encoding="utf-8")
 
 
 def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
@@ -395,7 +475,7 @@ def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
         low, high, first, last = math.floor(min(values)), math.ceil(max(values)), min(tokens), max(tokens)
 
         def x(n, left=left, first=first, last=last):
-            return left + 360 * (math.log2(n) - first) / (last - first)
+            return left + 360 * (math.log2(n) - first) / max(1, last - first)
 
         def y(value, low=low, high=high):
             return 320 - 280 * (math.log2(value) - low) / max(1, high - low)
@@ -435,7 +515,9 @@ def parse_args(argv=None):
     add("--lora", action="store_true", help="LoRA in sft, dpo, orpo, reward and ppo as well")
     add("--flags", default="", help="more flags for our script, in one string")
     add("--profile", action="store_true", help="of ours: milliseconds of a step, by kind of operation")
-    add("--growth", action="store_true", help="of ours: a table over row lengths, rows and processes, and examples/growth.svg")
+    add("--growth", action="store_true", help="of ours: a table over row lengths, rows and processes, and a picture of it")
+    add("--until", type=int, default=32768, help="of --growth: at most so many tokens a row, and a step of rows of 512")
+    add("--picture", type=Path, default=ROOT / "examples" / "growth.svg", help="where --growth writes it")
     add("--json", type=Path, help="write the figures here, too")
     for name in ("--worker", "--method", "--folder"):
         add(name, help=argparse.SUPPRESS)
@@ -471,7 +553,7 @@ def main() -> None:
             print(f"| {name} | {statistics.median(run[name] for run in runs['ours']):,.0f} | | | | | |", flush=True)
         results[args.method] = runs
     if args.json:
-        args.json.write_text(json.dumps({"args": {k: v for k, v in vars(args).items() if k != "json"}, "results": results}, indent=1))
+        args.json.write_text(json.dumps({"args": {k: v for k, v in vars(args).items() if k != "json"}, "results": results}, indent=1, default=str))
 
 
 if __name__ == "__main__":

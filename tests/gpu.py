@@ -10,9 +10,12 @@ which --shape tiny makes a rehearsal of.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -83,9 +86,9 @@ def checks(options, left) -> None:
         except subprocess.TimeoutExpired:
             return "not done | "
         if run.returncode:
-            return f"failed: {run.stderr.strip().splitlines()[-1][:200]} | "
-        found = re.findall(r'"loss": (-?[\d.e-]+)', (output / "metrics.jsonl").read_text())
-        return f"{float(found[0]):.4f}, {float(found[-1]):.4f} | {time.monotonic() - started:.0f}"
+            return f"failed: {(run.stderr.strip() or f'exit code {run.returncode}').splitlines()[-1][:200]} | "
+        found = [row["loss"] for row in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+        return f"{found[0]:.4f}, {found[-1]:.4f} | {time.monotonic() - started:.0f}" if found else "failed: no loss | "
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
         threads = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))}
@@ -102,24 +105,37 @@ def estimate(folder: str, args) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
-def memory(options, left) -> None:
-    """GPU memory is the most that PyTorch's allocator had given out in a step, host memory the most that the process ever held."""
-    print("| command | tokens a step | GPU, GiB: estimate | measured | measured / estimate | host, GiB | tokens/s |\n|---|---|---|---|---|---|---|", flush=True)
-    for method, shape, length, flags in MEMORY:
-        args = settings(options, method, shape, length, flags=flags, against="nothing")
-        name = f"| {args.shape} `{f'{benchmark.script_of(method)}.py {flags}'.strip()}` | {args.length:,}"
-        if left() < 90:
+def in_time(cases, left, seconds: float):
+    """Of the cases, (beginning of a table's row, settings), those that still have so many seconds, each with a folder of its data."""
+    for name, args in cases:
+        if left() < seconds:
             print(f"{name} | no time left |", flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
             benchmark.make_work(Path(folder), args)
-            estimating = estimate(folder, args)
-            result = benchmark.measure("ours", folder, args, left())
-            try:
-                printed = estimating.communicate(timeout=max(1, left()))[0]
-            except subprocess.TimeoutExpired:
-                estimating.kill()
-                printed = ""
+            yield name, args, folder
+
+
+def memory(options, left) -> None:
+    """GPU memory is the most that PyTorch's allocator had given out in a step, host memory the most that the process ever held. Where
+    tensors lie in host memory, also what of it PyTorch has pinned, which the process's figure may leave out, and what the whole
+    container has grown by."""
+    print("| command | tokens a step | GPU, GiB: estimate | measured | measured / estimate | host, GiB | tokens/s |\n|---|---|---|---|---|---|---|", flush=True)
+    cases = []
+    for method, shape, length, flags in MEMORY:
+        args = settings(options, method, shape, length, flags=flags, against="nothing")
+        cases.append((f"| {args.shape} `{f'{benchmark.script_of(method)}.py {flags}'.strip()}` | {args.length:,}", args))
+    for name, args, folder in in_time(cases, left, 90):
+        estimating = estimate(folder, args)
+        if "--offload" in args.flags:  # first, so that the container grows by the run alone
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                estimating.wait(max(1, left()))
+        result = benchmark.measure("ours", folder, args, left())
+        try:
+            printed = estimating.communicate(timeout=max(1, left()))[0]
+        except subprocess.TimeoutExpired:
+            estimating.kill()
+            printed = ""
         together = re.search(r"^together +([\d.]+)", printed, re.MULTILINE)
         expected = float(together[1]) if together else float("nan")
         if "error" in result:
@@ -127,7 +143,10 @@ def memory(options, left) -> None:
             continue
         measured = result["gib"] + result["loaded_gib"]
         more = "".join(f", {key.split('_')[0]} {result[key]:,.0f}" for key in ("rollout_tokens_per_second", "update_tokens_per_second") if key in result)
-        print(f"{name} | {expected:.2f} | {measured:.2f} | {measured / expected:.2f} | {result['host_gib']:.1f} | "
+        host = f"{result['host_gib']:.1f}"
+        if "--offload" in args.flags:
+            host += "".join(f", {kind} {result[f'{kind}_gib']:.1f}" for kind in ("pinned", "container") if f"{kind}_gib" in result)
+        print(f"{name} | {expected:.2f} | {measured:.2f} | {measured / expected:.2f} | {host} | "
               f"{result['tokens_per_second']:,.0f}{more} |", flush=True)  # fmt: skip
 
 
@@ -136,7 +155,7 @@ def matrix_peak() -> float:
     size, device = (8192, "cuda") if torch.cuda.is_available() else (512, "cpu")
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
-    for _ in range(20):
+    for _ in range(400 if device == "cuda" else 20):  # on a GPU half a second, in which its clocks settle
         if device == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -144,7 +163,7 @@ def matrix_peak() -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return 2 * size**3 / sorted(times)[len(times) // 2]
+    return 2 * size**3 / statistics.median(times[len(times) // 2 :])
 
 
 def lora_flops(shape: str, document: int) -> float:
@@ -160,23 +179,17 @@ def speed(options, left) -> None:
     torch.cuda.empty_cache()
     print(f"largest matrix product: {peak / 1e12:,.0f} TFLOP/s\n")
     print("| method | tokens/s, ours | theirs | ratio | GiB above the loaded model, ours | theirs | ratio |\n|---|---|---|---|---|---|---|", flush=True)
-    results = {}
+    cases, results = [], {}
     for method, recompute in SPEED:
         args = settings(options, method, None, 2048, recompute=recompute, flags="--optimizer adamw" if method == "qlora" else "")
-        name = f"| {method}{', recomputing' * recompute} | "
-        if left() < 120:
-            print(f"{name}no time left |", flush=True)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            benchmark.make_work(Path(folder), args)
-            ours, theirs = results[method, recompute] = [benchmark.measure(side, folder, args, left()) for side in ("ours", "trl")]
-        if "error" in ours or "error" in theirs:
-            print(f"{name}failed: {ours.get('error')}, {theirs.get('error')} |", flush=True)
-            continue
-        line = [f"{each['tokens_per_second']:,.0f}" for each in (ours, theirs)] + [f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f}"]
-        line += [f"{each['gib']:.2f}" for each in (ours, theirs)] + [f"{ours['gib'] / theirs['gib']:.2f}"]
-        print(f"{name}{' | '.join(line)} |", flush=True)
-        if (method, recompute) == ("lora", False):
+        cases.append((f"| {method}{', recomputing' * recompute}", args))
+    for name, args, folder in in_time(cases, left, 120):
+        ours, theirs = results[args.method, args.recompute] = [benchmark.measure(side, folder, args, left()) for side in ("ours", "trl")]
+        both = "gib" in ours and "gib" in theirs
+        speeds, sizes = ([f"{each[key]:{form}}" if "gib" in each else f"failed: {each['error']}" for each in (ours, theirs)]
+                         + [f"{ours[key] / theirs[key]:.2f}" if both else ""] for key, form in (("tokens_per_second", ",.0f"), ("gib", ".2f")))  # fmt: skip
+        print(f"{name} | {' | '.join(speeds + sizes)} |", flush=True)
+        if (args.method, args.recompute) == ("lora", False) and "gib" in ours:
             share = ours["tokens_per_second"] * lora_flops(args.shape, args.document) / peak
             print(f"| of the largest product's speed | {share:.0%} | | | | | |", flush=True)
     ours, theirs = results.get(("lora", False), [{}, {}])[0], results.get(("lora", True), [{}, {}])[1]

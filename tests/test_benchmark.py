@@ -1,16 +1,23 @@
 """tests/benchmark.py runs and prints its tables; what the figures are worth depends on the machine."""
 
 import argparse
+import json
+import math
 import re
 import subprocess
 import sys
+import types
+from xml.etree import ElementTree
 
 import benchmark
 import gpu
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import ROOT
+
+import common
 
 
 def table(*flags) -> list[list[str]]:
@@ -81,3 +88,196 @@ def test_operations_a_token_of_a_7b():
 def test_the_shares_of_a_step_add_up():
     (row,) = table("--profile")
     assert all(re.fullmatch(r"[\d.]+%", cell) for cell in row[2:]) and abs(sum(float(cell[:-1]) for cell in row[2:]) - 100) < 0.5
+
+
+# --------------------------------------------------------------------------------------------------- theirs, on the same terms
+
+
+def documents_one_by_one(seen: list, with_gqa: bool):
+    """In the place of varlen_attn: as in torch 2.13, which must be told of grouped heads, or as in 2.11, which knows no such option."""
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=not with_gqa):
+        assert window_size == (-1, 0) and enable_gqa and max_q == max_k == cu_seq_q.diff().max() and torch.equal(cu_seq_q, cu_seq_k)
+        seen.append({x.dtype for x in (query, key, value)})
+        parts = [[x[a:b].transpose(0, 1)[None] for x in (query, key, value)] for a, b in zip(cu_seq_q[:-1], cu_seq_q[1:])]
+        outs = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1) for part in parts]
+        return torch.cat(outs)
+
+    if with_gqa:
+        return attend
+    return lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1): attend(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
+    )
+
+
+@pytest.fixture(params=[True, False], ids=["2.13", "2.11"])
+def packed(request, monkeypatch):
+    """`benchmark.packed_attention` registered as "packed", and a list of what dtypes the kernel gets."""
+    seen = []
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", documents_one_by_one(seen, request.param))
+    transformers.AttentionInterface.register("packed", benchmark.packed_attention())
+    return seen
+
+
+def test_packed_attention_is_that_of_the_mask_that_transformers_makes(packed):
+    """On rows from TRL's own collator, with grouped heads and recomputed blocks: the same logits and gradients."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    ids = torch.randint(0, 256, (35,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": ids[:20], "seq_lengths": [9, 1, 10]}, {"input_ids": ids[20:], "seq_lengths": [15]}]
+    batch = DataCollatorForLanguageModeling(pad_token_id=258, padding_free=True)(rows)
+    labels = batch.pop("labels")
+    assert labels.shape == (1, 35) and batch["cu_seq_lens_q"].tolist() == [0, 9, 10, 20, 35]
+    model = common.tiny_model().train()
+    model.gradient_checkpointing_enable()
+    results = []
+    for implementation in ("sdpa", "packed"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        logits = model(**batch, use_cache=False).logits
+        logits.square().mean().backward()
+        results.append([logits, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert len(packed) == 2 * 4  # each of 4 blocks, and once more to recompute it
+    packed.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch, use_cache=False)
+    assert packed == [{torch.bfloat16}] * 4  # the flash kernel takes no float32
+
+
+def test_packed_attention_refuses_what_it_would_get_wrong(packed):
+    model = common.tiny_model()
+    model.set_attn_implementation("packed")
+    with pytest.raises(NotImplementedError, match="packed rows"):
+        model(input_ids=torch.arange(8)[None])
+    assert not packed
+
+
+def their_trainer(method: str, folder, monkeypatch):
+    """TRL's trainer as `theirs` makes it, at the moment when training would begin."""
+    import trl
+
+    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.LlamaForCausalLM):
+        monkeypatch.setattr(auto_class, "from_pretrained", auto_class.from_pretrained)
+    made = []
+
+    def train(trainer):
+        made.append(trainer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trl.SFTTrainer, "train", train)
+    args = benchmark.parse_args(["--shape", "tiny", "--length", "256", "--document", "64", "--rows", "2", "--worker", "trl", "--method", method])
+    benchmark.make_work(folder, args)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.theirs(str(folder), args)
+    return made[0]
+
+
+def test_trl_trains_with_the_packed_attention(packed, tmp_path, monkeypatch):
+    """Its loss on one of its own batches is that of its mask."""
+    trainer = their_trainer("lora", tmp_path, monkeypatch)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["cu_seq_lens_q"]) == 2 * 4 + 1
+    losses = []
+    for implementation in ("sdpa", "packed"):
+        trainer.model.set_attn_implementation(implementation)
+        losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(packed) == trainer.model.config.num_hidden_layers
+
+
+def test_their_adapters_in_4_bits_are_float32_as_ours_are(tmp_path, monkeypatch):
+    trained = [p for p in their_trainer("qlora", tmp_path, monkeypatch).model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 7 * 2 and {p.dtype for p in trained} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_a_kernel_counts_once():
+    """What a GPU's profile has: operations with their kernels' time, the kernels, and annotations that span kernels."""
+    from torch.autograd import DeviceType
+
+    def event(key, device, on_gpu, on_cpu=0.0, annotation=False):
+        times = {"self_device_time_total": on_gpu, "self_cpu_time_total": on_cpu}
+        return types.SimpleNamespace(key=key, device_type=device, is_user_annotation=annotation, **times)
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    events = [
+        event("aten::mm", cpu, 70.0, 5.0), event("sm90_xmma_gemm", cuda, 70.0), event("aten::_flash_attention_forward", cpu, 20.0, 3.0),
+        event("flash_fwd_kernel", cuda, 20.0), event("torch_attn::_varlen_attn", cpu, 0.0, 2.0), event("MatMul4Bit", cpu, 6.0, 1.0),
+        event("kDequantizeBlockwise", cuda, 6.0), event("a kernel of no operation", cuda, 4.0), event("Optimizer.step", cpu, 96.0, 7.0, True),
+        event("Optimizer.step", cuda, 96.0, 0.0, True), event("cudaLaunchKernel", cpu, 0.0, 9.0),
+    ]  # fmt: skip
+    times = benchmark.time_by_kind(events, on_gpu=True)
+    assert {kind: time for kind, time in times.items() if time} == {"matrix products": 70.0, "attention": 20.0, benchmark.REST: 10.0}
+    times = benchmark.time_by_kind(events, on_gpu=False)
+    assert {kind: time for kind, time in times.items() if time} == {"matrix products": 5.0, "attention": 3.0, benchmark.REST: 19.0}
+
+
+def test_what_the_container_grew_by_is_told_where_its_peak_shows_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CGROUP", tmp_path)
+
+    def report(current: int, peak: int, later: int) -> dict:
+        for name, size in (("current", current), ("peak", peak)):
+            (tmp_path / f"memory.{name}").write_text(f"{size * 2**30}\n")
+        meter = benchmark.Meter(0)
+        meter.begin(), meter.step()
+        (tmp_path / "memory.peak").write_text(f"{later * 2**30}\n")
+        meter.report(1.0)
+        return json.loads(capsys.readouterr().out.removeprefix("RESULT"))
+
+    assert report(3, 5, 90)["container_gib"] == 87
+    assert "container_gib" not in report(3, 90, 90)
+    monkeypatch.setattr(benchmark, "CGROUP", tmp_path / "none")
+    assert benchmark.host_memory() is None and benchmark.Meter(0).host is None
+
+
+def check_picture(path, curves: int) -> None:
+    """That many curves in each panel, all in the picture."""
+    lines = [element for element in ElementTree.fromstring(path.read_text()) if element.tag.endswith("polyline")]
+    points = [tuple(map(float, point.split(","))) for line in lines for point in line.get("points").split()]
+    assert len(lines) == 2 * curves and all(0 <= x <= 920 and 0 <= y <= 400 for x, y in points)
+
+
+def test_growth_goes_on_where_a_point_fails(tmp_path, monkeypatch, capsys):
+    def measure(side, folder, args):
+        if args.length == 32768:
+            return {"error": ["out of memory"]}
+        return {"tokens_per_second": 1000.0 * args.processes / math.log2(args.document), "gib": args.length * args.rows / 2**12}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "make_work", lambda *_: None)
+    benchmark.growth(benchmark.parse_args(["--growth", "--processes", "2", "--picture", str(tmp_path / "growth.svg")]))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 7 + 7 + 4 + 2 and [row[1] for row in rows if "failed" in row[2]] == ["32,768"] * 2
+    assert rows[-1] == ["processes, a row of 2,048 each", "4,096", "222", "0.50"]
+    check_picture(tmp_path / "growth.svg", 4)
+
+
+@pytest.mark.slow
+def test_growth_by_rows_and_processes(tmp_path):
+    rows = table("--growth", "--processes", "2", "--until", "512", "--picture", str(tmp_path / "growth.svg"))
+    assert [row[1] for row in rows] == ["512", "512", "512", "2,048", "4,096"]
+    assert all(float(row[2].replace(",", "")) > 0 and float(row[3]) >= 0 for row in rows)
+    check_picture(tmp_path / "growth.svg", 4)
+
+
+def test_one_side_that_fails_takes_nothing_else_with_it(monkeypatch, capsys):
+    """TRL without recomputation may need more than a GPU has: ours is printed all the same, and so are the other rows."""
+
+    def measure(side, folder, args, seconds):
+        if side == "trl" and not args.recompute:
+            return {"error": ["out of memory"]}
+        return {"tokens_per_second": 3000.0 if side == "ours" else 2000.0, "gib": 1.0, "loaded_gib": 2.0, "host_gib": 3.0}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(gpu, "matrix_peak", lambda: 10 * 3000.0 * gpu.lora_flops("tiny", 64))
+    times = iter([200.0] * 12 + [1.0] * 99)
+    gpu.speed(argparse.Namespace(shape="tiny"), lambda: next(times))
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")][2:]
+    assert rows[0] == ["lora", "3,000", "failed: ['out of memory']", "", "1.00", "failed: ['out of memory']", ""]
+    assert rows[1][:2] == ["of the largest product's speed", "10%"]
+    assert rows[2] == ["lora, recomputing", "3,000", "2,000", "1.50", "1.00", "1.00", "1.00"]
+    assert [row[1] for row in rows[-3:]] == ["no time left"] * 3 and len(rows) == len(gpu.SPEED) + 1
+    assert "recomputes: 1.50 times its tokens/s, 1.00 of its memory" in out

@@ -1,5 +1,6 @@
 """--estimate: closed forms, the same steps on real tensors, and (marked cuda) the allocator of a GPU."""
 
+import gc
 import importlib
 import os
 import types
@@ -10,6 +11,7 @@ import conftest
 import pytest
 import torch
 from conftest import ROOT, read_metrics
+from torch.utils._python_dispatch import _disable_current_modes
 
 import common
 
@@ -32,6 +34,25 @@ class Real(common.Estimate):
     def __init__(self, offload):
         super().__init__(offload)
         self.fake = NoFake()
+
+
+class OneKernelNorm(torch.autograd.Function):
+    """What `common.FakeNorm` is to tensors without data: the memory that F.rms_norm takes on a GPU. A CPU's needs more. Its gradient
+    has the right shape alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        with _disable_current_modes():  # what is made in here is not followed
+            y = RMS_NORM(x, weight.shape, weight, eps)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone(), torch.zeros_like(ctx.saved_tensors[1]), None
+
+
+RMS_NORM = torch.nn.functional.rms_norm
 
 
 def few_rows(script: str) -> Path:
@@ -141,7 +162,9 @@ MORE = [
 
 @pytest.mark.parametrize("script, flags", FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE])
 def test_the_peak_is_that_of_real_tensors(script, flags, monkeypatch):
-    expected = estimate(monkeypatch, script, *SHORT, *flags, kind=Real)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: OneKernelNorm.apply(x, weight, eps))
+        expected = estimate(monkeypatch, script, *SHORT, *flags, kind=Real)
     ours = estimate(monkeypatch, script, *SHORT, *flags)
     assert (ours.weights, ours.states) == (expected.weights, expected.states)
     assert ours.peak == pytest.approx(expected.peak, rel=0.03)
@@ -157,10 +180,12 @@ def test_the_peak_is_that_of_a_gpu(script, flags, tmp_path, monkeypatch):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     common.tiny_tokenizer().save_pretrained(tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--batch-size", "8", "--max-steps", "20", "--samples", "0", "--output", str(tmp_path / "run"), *flags]
+    flags += ["--data", str(ROOT / "examples" / ("pairs.jsonl" if script == "dpo" else "format.jsonl"))]  # all of it, on both sides
     ours = estimate(monkeypatch, script, *flags)
     monkeypatch.undo()
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    data = "pairs.jsonl" if script == "dpo" else "format.jsonl"
-    importlib.import_module(script).main([*flags, "--data", str(ROOT / "examples" / data)])
-    measured = [line["peak_memory_gib"] for line in read_metrics(tmp_path / "run") if "peak_memory_gib" in line][-1]
+    before = torch.cuda.memory_allocated()  # what other tests have left
+    importlib.import_module(script).main(flags)
+    measured = [line["peak_memory_gib"] for line in read_metrics(tmp_path / "run") if "peak_memory_gib" in line][-1] - before / 2**30
     assert ours.peak / 2**30 == pytest.approx(measured, rel=0.15)
