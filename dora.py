@@ -218,7 +218,7 @@ def main(argv=None) -> None:
     add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
     add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
     add("--dropout", type=common.number(float, 0, 1), default=0.0, help="dropout on the update's input")
-    add("--targets", default="all-linear", help="layers that DoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that DoRA adapts: all-linear (all but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="continue from this DoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     parser.adapter_brings = ("--rank", "--alpha", "--targets")
     add("--shard", action="store_true", help="under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")

@@ -285,7 +285,7 @@ def add_training_flags(parser) -> None:
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (all but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
@@ -350,7 +350,7 @@ def main(argv=None) -> None:
     demo = {"data": [common.example("pairs.jsonl")], "lr": 2e-4, "batch_size": 8, "epochs": 1, "exact_match": 0}
     parser = common.make_parser(__doc__, demo=demo, output="runs/dpo", lr=None, epochs=1, data=[common.example("preferences.jsonl")])
     add = parser.add_argument_group("DPO").add_argument
-    add("--beta", type=common.number(float, 1e-6), default=None, help="how near the policy stays to the reference (default: 0.1; 2 with --loss simpo)")
+    add("--beta", type=common.number(float, 1e-6), default=None, help="how near the policy stays to the reference (0.1; 2 with --loss simpo)")
     add("--loss", choices=["sigmoid", "ipo", "simpo"], default="sigmoid", help="DPO's own, IPO's squared or SimPO's without a reference")
     add("--label-smoothing", type=common.number(float, 0, 0.5), default=0.0, metavar="E", help="cDPO: the share of pairs whose label is wrong")
     add("--gamma", type=common.number(float, 0), default=None, help="SimPO's margin (default: 1)")

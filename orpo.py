@@ -195,7 +195,7 @@ def add_training_flags(parser) -> None:
     add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
         help="train a LoRA adapter of this rank; 0 trains every parameter")
     add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (all but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
     parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
     add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")

@@ -859,7 +859,7 @@ def main(argv=None) -> None:
     add("--min-entropy", type=number(float, 0), default=1e-3, help="stop when the policy's entropy falls below this, in nats per token")
     add("--lora-rank", dest="rank", type=number(int, 0), default=0, metavar="R", help="adapters of this rank, one base for all; 0: a model each")
     add("--lora-alpha", dest="alpha", type=number(float, 0), default=32, help="an update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (every nn.Linear but the output head), or names such as q_proj,v_proj")
+    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (all but the output head), or names such as q_proj,v_proj")
     add("--adapter", metavar="FOLDER", help="LoRA that the policy starts from, and that the reference is; its rank, alpha and targets are used")
     parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
     args = parser.parse_args(argv)
