@@ -54,6 +54,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -877,7 +878,14 @@ class Estimate(TorchDispatchMode):
                 resize(storage, size)
                 self.follow(storage)
 
+            look_at_shapes = ShardingPropagator._propagate_tensor_meta_non_cached  # DTensor's, on tensors of whole size: they take nothing
+
+            def look_unfollowed(*args):
+                with with_data():
+                    return look_at_shapes(*args)
+
             self.modes.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_and_follow))
+            self.modes.enter_context(mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", look_unfollowed))
             self.modes.enter_context(self.fake)
             self.modes.enter_context(self)
 
