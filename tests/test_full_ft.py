@@ -1,6 +1,7 @@
 """full_ft.py against transformers' Trainer, one process against two, and each of its modes against the plain one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,22 @@ def test_offload_in_one_process_gives_the_same_weights(tmp_path):
     assert run.returncode == 0, run.stderr
     full_ft.main(["--data", data, "--output", str(tmp_path / "plain"), *SHARDED])
     assert_same(load_file(tmp_path / "plain" / "model.safetensors"), load_file(tmp_path / "offloaded" / "model.safetensors"), atol=1e-6)
+
+
+def test_a_checkpoint_of_one_process_loads_into_shards(tmp_path):
+    """Weights and AdamW's states at step 2 of 3, into two ranks' shards and into one process's in host memory."""
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = ["--data", data, *SHARDED, "--save-every", "2", "--keep", "2"]
+    full_ft.main([*flags, "--output", str(tmp_path / "one"), "--batch-size", "2"])
+    for name in ("two", "offloaded"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+        shutil.rmtree(tmp_path / name / "checkpoint" / "step-00000003")
+    two = torchrun(2, *flags, "--output", tmp_path / "two", "--batch-size", "1", "--resume")
+    offloaded = run_script("full_ft.py", *flags, "--output", tmp_path / "offloaded", "--batch-size", "2", "--offload", "--resume")
+    for name, run in (("two", two), ("offloaded", offloaded)):
+        assert run.returncode == 0 and "resumed after step 2" in run.stdout, run.stderr[-3000:]
+        assert_same(load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / name / "model.safetensors"), atol=1e-6)
 
 
 def test_a_checkpoint_loads_at_another_world_size(tmp_path):
