@@ -155,8 +155,8 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     if logps is None:
         logps = torch.zeros(len(corpus.table), device=device)  # of each document of the table, in nats
         with common.evaluating(model):
-            batches, ahead = chain(*map(corpus.deal, rows)), len(rows[0] + rows[1]) / (args.batch_size * common.world_size())
-            for batch in tqdm(batches, total=math.ceil(ahead), desc="reference", unit="batch", disable=common.rank() != 0):
+            count = math.ceil(sum(map(len, rows)) / (args.batch_size * common.world_size()))
+            for batch in tqdm(chain(*map(corpus.deal, rows)), total=count, desc="reference", unit="batch", disable=common.rank() != 0):
                 logps[batch["document"]] = answer_logps(model, batch)[0]
         if common.world_size() > 1:
             dist.all_reduce(logps)  # each rank has its own batches
