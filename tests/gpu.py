@@ -185,10 +185,11 @@ def speed(options, left) -> None:
         cases.append((f"| {method}{', recomputing' * recompute}", args))
     for name, args, folder in in_time(cases, left, 120):
         ours, theirs = results[args.method, args.recompute] = [benchmark.measure(side, folder, args, left()) for side in ("ours", "trl")]
-        both = "gib" in ours and "gib" in theirs
-        speeds, sizes = ([f"{each[key]:{form}}" if "gib" in each else f"failed: {each['error']}" for each in (ours, theirs)]
-                         + [f"{ours[key] / theirs[key]:.2f}" if both else ""] for key, form in (("tokens_per_second", ",.0f"), ("gib", ".2f")))  # fmt: skip
-        print(f"{name} | {' | '.join(speeds + sizes)} |", flush=True)
+        cells = []
+        for key, form in (("tokens_per_second", ",.0f"), ("gib", ".2f")):
+            cells += [f"{each[key]:{form}}" if key in each else f"failed: {each['error']}" for each in (ours, theirs)]
+            cells.append(f"{ours[key] / theirs[key]:.2f}" if key in ours and key in theirs else "")
+        print(f"{name} | {' | '.join(cells)} |", flush=True)
         if (args.method, args.recompute) == ("lora", False) and "gib" in ours:
             share = ours["tokens_per_second"] * lora_flops(args.shape, args.document) / peak
             print(f"| of the largest product's speed | {share:.0%} | | | | | |", flush=True)
