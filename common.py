@@ -1978,6 +1978,8 @@ class Run:
         if save or self.signal or self.enough():
             self.save_checkpoint()
         if self.signal:
+            if world_size() > 1:  # torchrun stops all when one rank ends, and rank 0 may still be writing
+                dist.barrier()
             self.bar.close()
             say(f"stopped by a signal after step {self.step}: --resume goes on from here")
             sys.exit(128 + self.signal)

@@ -230,3 +230,28 @@ def test_a_checkpoint_loads_at_another_world_size(tmp_path):
     assert_same(load_file(tmp_path / "one" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors"), atol=2e-5)
     steps = [[entry["step"] for entry in read_metrics(tmp_path / name) if "loss" in entry] for name in ("one", "two")]
     assert steps[0] == steps[1] == list(range(1, 41))
+
+
+SLOW = """import os, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import common, full_ft
+digest, pid = common.file_digest, sys.argv.pop(1)
+common.file_digest = lambda path: (time.sleep("unfinished" in str(path)), digest(path))[1]  # a large model's checkpoint takes long
+if os.environ["RANK"] == "1":
+    open(pid, "w").write(str(os.getpid()))
+common.launch(full_ft.main, "")
+"""
+
+
+def test_a_signal_to_one_rank_lets_the_other_finish_the_checkpoint(tmp_path):
+    """torchrun ends all ranks when it sees one end: rank 1 must not leave before rank 0 has written."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "slow.py", ROOT, tmp_path / "pid", *RANDOM]
+    more = ["--max-steps", "100000", "--save-every", "100000", "--samples", "0", "--eval-fraction", "0", "--log-every", "1", "--output", tmp_path / "run"]
+    process = subprocess.Popen(list(map(str, [*command, *more])), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 120
+    while (not metrics.exists() or '"loss"' not in metrics.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert "stopped by a signal" in printed and len(list((tmp_path / "run" / "checkpoint").glob("step-*"))) == 1
