@@ -166,8 +166,9 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
     add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
     add("--keep", type=number(int, 1), default=1, metavar="N", help="how many complete checkpoints stay, the newest ones")
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
-    add("--estimate", action="store_true",
-        help="print what this command would take on a GPU, part by part, and exit: no GPU and no weights are needed")
+    add("--estimate", nargs="?", const=True, choices=["run"],
+        help="print what this command would take on a GPU, part by part, and exit: no GPU and no weights are needed. `--estimate run` "
+        "trains after it, and ends with what was measured")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
     add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
     add("--exact-match", type=number(int, 0), default=0, metavar="N",
@@ -190,7 +191,10 @@ def launch(main, out_of_memory: str) -> None:
     except SystemExit as request:
         code = request.code or 0
     except UserError as error:
-        code, message = 2, f"error: {error}" if os.environ.get("RANK", "0") == "0" else ""  # all ranks find the same
+        code, message = 2, f"error: {error}"
+        if os.environ.get("RANK", "0") != "0":  # most often all ranks find the same: rank 0 says it, and torchrun ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
     except torch.OutOfMemoryError as error:
         code, message = 1, f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}"
     except OSError as error:  # a full disk, a read-only folder: the checkpoint before is untouched
@@ -963,6 +967,10 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
         datasets.disable_progress_bars()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     args.gradient_checkpointing |= args.checkpoint_blocks is not None
+    if args.estimate == "run":  # by this command in another process, whose --estimate stands last
+        if os.environ.get("RANK", "0") == "0" and (failed := subprocess.run([sys.executable, *sys.orig_argv[1:], "--estimate"]).returncode):
+            sys.exit(failed)
+        args.estimate = None
     if args.estimate:
         return estimate_setup(args, ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -1910,6 +1918,11 @@ class Run:
             sys.exit(128 + kind)
         self.signal = kind
 
+    def stop_signal(self) -> int:
+        """The signal that any rank has got, or 0. One that comes later is for the next step: if ranks did not agree, those that go on
+        would wait for the others for ever."""
+        return int(over_ranks(self.signal or 0, dist.ReduceOp.MAX))
+
     def begin(self) -> None:
         """Held-out loss and samples before the first step; from here on the clock runs."""
         self.model.train()
@@ -1949,11 +1962,10 @@ class Run:
         self.step, self.tokens, self.window_count = self.step + 1, self.tokens + tokens, self.window_count + count
         self.unread.append(torch.stack([value.detach().float() for value in sums.values()]))
         self.bar.update()
-        # all ranks must agree on a signal, or those that go on would wait for the others for ever
-        self.signal = int(over_ranks(self.signal or 0, dist.ReduceOp.MAX)) or None
+        stop = self.stop_signal()
         last = self.step == self.total_steps
         log, evaluate, save = (last or self.step % n == 0 for n in (self.args.log_every, self.args.eval_every, self.args.save_every))
-        if not (log or evaluate or save or self.signal):
+        if not (log or evaluate or save or stop):
             return
         for values in torch.stack(self.unread).tolist():  # one by one, so that a checkpoint inside a window changes no bit
             self.window = {name: self.window.get(name, 0.0) + over_ranks(value) for name, value in zip(sums, values)}
@@ -1975,14 +1987,15 @@ class Run:
         paused = time.perf_counter()
         if evaluate:
             self.evaluate()
-        if save or self.signal or self.enough():
+            stop = self.stop_signal()  # it may have taken long
+        if save or stop or self.enough():
             self.save_checkpoint()
-        if self.signal:
+        if stop:
             if world_size() > 1:  # torchrun stops all when one rank ends, and rank 0 may still be writing
                 dist.barrier()
             self.bar.close()
             say(f"stopped by a signal after step {self.step}: --resume goes on from here")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + stop)
         self.clock += time.perf_counter() - paused  # tokens a second are of training alone
 
     def stop_not_finite(self, what: str):

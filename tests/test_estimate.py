@@ -150,6 +150,16 @@ def test_recomputing_takes_less_and_the_largest_micro_batch_is_taken(monkeypatch
     assert capsys.readouterr().out.count(f"estimate at the peak, {tokens:,} tokens") == 2
 
 
+def test_a_run_prints_its_estimate_first(tmp_path):
+    flags = ["--data", few_rows("lora"), "--max-steps", "1", "--samples", "0", "--output", tmp_path / "run", "--estimate"]
+    alone, run = conftest.run_script("lora.py", *flags), conftest.run_script("lora.py", *flags, "run")
+    assert alone.returncode == run.returncode == 0, run.stderr
+    assert "\nestimate at the peak" in alone.stdout and run.stdout.startswith(alone.stdout)
+    assert read_metrics(tmp_path / "run")[-1]["done"]
+    failed = conftest.run_script("lora.py", "--data", "missing.jsonl", "--estimate", "run")
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+
+
 SHORT = ["--dtype", "float32", "--batch-size", "2", "--max-length", "256"]
 
 

@@ -255,3 +255,37 @@ def test_a_signal_to_one_rank_lets_the_other_finish_the_checkpoint(tmp_path):
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert "stopped by a signal" in printed and len(list((tmp_path / "run" / "checkpoint").glob("step-*"))) == 1
+
+
+BETWEEN = """import contextlib, os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import common, full_ft
+
+def raising(function):  # with a signal at its end, once, on rank 1
+    def wrapped(*args):
+        out = function(*args)
+        if common.rank() == 1 and not raised:
+            raised.append(signal.raise_signal(signal.SIGTERM))
+        return out
+    return wrapped
+
+over_ranks, save_checkpoint = common.over_ranks, common.Run.save_checkpoint
+for name in ("agreeing", "saving"):
+    raised = []
+    common.over_ranks = raising(over_ranks) if name == "agreeing" else over_ranks
+    common.Run.save_checkpoint = raising(save_checkpoint) if name == "saving" else save_checkpoint
+    with contextlib.suppress(SystemExit):
+        full_ft.main([*sys.argv[2:], "--output", f"{sys.argv[1]}/{name}"])
+"""
+
+
+def test_a_signal_at_any_place_of_a_step_stops_all_ranks(tmp_path):
+    """One that comes to one rank after the ranks have agreed, or while they do, stops the next step."""
+    (tmp_path / "between.py").write_text(BETWEEN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "between.py", ROOT, tmp_path, *RANDOM]
+    more = ["--max-steps", "20", "--save-every", "1", "--samples", "0", "--eval-fraction", "0", "--max-length", "128", "--batch-size", "1"]
+    run = subprocess.run(list(map(str, [*command, *more])), capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("stopped by a signal after step 2") == 2
+    for name in ("agreeing", "saving"):
+        assert [folder.name for folder in (tmp_path / name / "checkpoint").iterdir()] == ["step-00000002"]

@@ -290,6 +290,25 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(error, code, monkeypatch
     assert left.value.args == (code,) and str(error) in capsys.readouterr().err
 
 
+FAILS = """import os, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import common
+def main():
+    time.sleep(60 * (os.environ["RANK"] not in sys.argv[1:]))
+    raise common.UserError(f"no such file")
+common.launch(main, "")
+"""
+
+
+@pytest.mark.parametrize("failing", [["0", "1"], ["1"]])
+def test_what_ranks_find_wrong_is_said_once(failing, tmp_path):
+    """By rank 0; what another rank alone finds (a file that its machine does not have), by that one."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "fails.py", ROOT, *failing]
+    run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and run.stderr.count("error: no such file") == 1
+
+
 def test_out_of_memory_says_what_to_try(capsys):
     def run_out():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More text")
