@@ -18,6 +18,8 @@ TRL and PEFT run with their defaults but for two things, so that both sides do t
 """
 
 import argparse
+import ctypes
+import gc
 import inspect
 import json
 import math
@@ -110,6 +112,8 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what loading has freed goes back to the system, or training would seem to take less
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             self.before = self.resident("VmRSS")
         self.last = time.perf_counter()
