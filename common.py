@@ -17,6 +17,7 @@ Nothing here knows a fine-tuning method: modules and losses stand in the scripts
 
 import argparse
 import csv
+import fcntl
 import gc
 import hashlib
 import inspect
@@ -36,7 +37,7 @@ import time
 import traceback
 import types
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -180,11 +181,37 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
     return parser
 
 
+class Unbroken:
+    """A stream that goes silent when its reader has gone: Ctrl-C ends both sides of `python lora.py | tee log`, and what is printed then
+    must not end the run before its checkpoint."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):  # nor must a terminal that cannot show a character
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    @contextmanager
+    def or_silence(self):
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text: str) -> None:
+        with self.or_silence():
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with self.or_silence():
+            self.stream.flush()
+
+
 def launch(main, out_of_memory: str) -> None:
     """Run main(); turn what a user can mend into one line on stderr. out_of_memory: what this script can try, in order."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end a run
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     code, message = 0, ""
     try:
         main()
@@ -1545,6 +1572,13 @@ def save_into(folder: Path, write) -> None:
     with unfinished(folder) as temporary:
         write(temporary)
         sync(*temporary.rglob("*"), temporary)
+        written = {path.name for path in temporary.iterdir()}
+        if written & {"config.json", "adapter_config.json"}:  # a new result: what an earlier run of another kind left would pass for part of it
+            for pattern in ("adapter_*", "config.json", "generation_config.json", "model*.safetensors*"):
+                for old in folder.glob(pattern):
+                    if old.name not in written:
+                        old.unlink()
+            shutil.rmtree(folder / "merged", ignore_errors=True)
         for path in sorted(temporary.rglob("*")):
             place = folder / path.relative_to(temporary)
             place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
@@ -1818,6 +1852,39 @@ def sharded_like(p, value):
     return part
 
 
+claimed = {}  # --output folders of this process's runs, each with the handle that holds its lock until the run or the process ends
+
+
+def claim(args) -> None:
+    """Refuse an --output that holds what this run reads, a run that is not finished, or files that no run has written; and one that
+    another process of this machine writes to."""
+    output = Path(args.output)
+    metrics = output / "metrics.jsonl"
+    for name in ("model", "adapter", "reward", "reference"):
+        if getattr(args, name, None) and Path(getattr(args, name)).resolve() == output.resolve():
+            raise UserError(f"--output {args.output} is the folder of --{name}, which it would overwrite: choose another")
+    if not (metrics.exists() or args.resume) and any((output / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UserError(f"{output} holds a model or an adapter, and no run's metrics.jsonl: choose another --output")
+    before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    if checkpoints(output) and not args.resume and '{"done": true' not in before:
+        raise UserError(f"{output} holds a run that is not finished: --resume it, delete it, or choose another --output")
+    if rank() == 0 and output.resolve() not in claimed:
+        output.mkdir(parents=True, exist_ok=True)
+        handle = claimed[output.resolve()] = os.open(output, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            del claimed[output.resolve()]
+            raise UserError(f"another process writes to {output}: wait for its end, or choose another --output")
+        except OSError:  # a file system without locks
+            pass
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, oldest first: a folder gets its name only when everything in it is on the disk."""
+    return sorted((output / "checkpoint").glob("step-" + 8 * "[0-9]"))
+
+
 class Run:
     """The bookkeeping of a run: where it stands, what it logs, what it saves. Two places in --output:
 
@@ -1829,7 +1896,7 @@ class Run:
     MAY_DIFFER = {
         "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep",
         "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard",
-        "trust_remote_code", "compile", "estimate",
+        "trust_remote_code", "compile", "estimate", "patience",
     }  # fmt: skip
 
     FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
@@ -1845,20 +1912,21 @@ class Run:
         if args.estimate:
             self.step = 1  # past the checks of step 0
             return
-        if getattr(args, "adapter", None) and Path(args.adapter).resolve() == self.output.resolve():
-            raise UserError(f"--output {args.output} is the folder of --adapter, whose log and checkpoints it would overwrite: choose another")
+        claim(args)
         if self.total_steps == 0 and args.max_steps is None:
             raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
         self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
-        self.window, self.unread, self.eval_loss, self.signal, self.peak = {}, [], None, None, None
+        self.window, self.unread, self.eval_loss, self.signal, self.asked, self.peak = {}, [], None, None, 0.0, None
         self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
         self.own = {}  # numbers by name that a script keeps over a restart
         self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
         self.identity = self.what_must_not_differ()
         self.metrics = self.output / "metrics.jsonl"
-        before = self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.exists() else ""
-        if self.checkpoints() and not args.resume and '{"done": true' not in before:
-            raise UserError(f"{self.output} holds a run that is not finished: --resume it, delete it, or choose another --output")
+        if world_size() > 1:
+            seen = [None] * world_size()
+            dist.all_gather_object(seen, [self.identity, [str(path) for path in self.checkpoints()[-1:]], self.device.type])
+            if any(other != seen[0] for other in seen):  # they would wait for each other, or train different things
+                raise UserError("the ranks see different data, models, devices or checkpoints: --model, --data and --output must be shared")
         resumed = args.resume and self.load_checkpoint()
         if rank() == 0:
             self.open_metrics(resumed)
@@ -1914,9 +1982,15 @@ class Run:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def on_signal(self, kind: int, frame) -> None:
-        if self.signal is not None:  # asked twice: now
-            sys.exit(128 + kind)
-        self.signal = kind
+        now = time.monotonic()
+        if self.signal is not None:
+            if now - self.asked > 3:  # asked twice: now. Less is one request: a scheduler's, say, that torchrun passes on as well
+                sys.exit(128 + kind)
+            return
+        self.signal, self.asked = kind, now
+        if rank() == 0:
+            with suppress(OSError):  # not by print, which this may have interrupted
+                os.write(2, b"\na signal: the run ends after this step, with a checkpoint; a second one, 3 seconds later, ends it at once\n")
 
     def stop_signal(self) -> int:
         """The signal that any rank has got, or 0. One that comes later is for the next step: if ranks did not agree, those that go on
@@ -2003,14 +2077,16 @@ class Run:
         raise UserError(f"step {self.step}: {what} is not finite; {good}. Try a lower --lr, or --dtype float32")
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first: a folder gets its name only when everything in it is on the disk."""
-        return sorted((self.output / "checkpoint").glob("step-" + 8 * "[0-9]"))
+        return checkpoints(self.output)
 
     def save_checkpoint(self) -> None:
         """Everything by parameter name and unsharded, so that any number of ranks can load it; then the oldest beyond --keep go."""
         weights = {name: unsharded(p) for p, name in self.trained.items()}
         states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
         optimizer = {self.trained[p]: {key: unsharded(value) for key, value in state.items()} for p, state in states}
+        random = [(torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None)] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(random, random[0])
         if rank() != 0:
             return
         for name, tensor in weights.items():
@@ -2020,8 +2096,7 @@ class Run:
         folder = self.output / "checkpoint"
         with unfinished(folder) as temporary:
             safetensors.torch.save_file(weights, temporary / "weights.safetensors")
-            cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-            torch.save({"optimizer": optimizer, "random": torch.get_rng_state(), "cuda_random": cuda}, temporary / "optimizer.pt")
+            torch.save({"optimizer": optimizer, "random": random}, temporary / "optimizer.pt")
             (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
             (temporary / "manifest.json").write_text(json.dumps({name: file_digest(temporary / name) for name in self.FILES}))
             sync(*temporary.iterdir(), temporary)
@@ -2049,12 +2124,15 @@ class Run:
             yield step
         self.bar.close()
         if self.args.patience and self.best_loss is not None and self.best_loss < self.eval_loss:
-            if world_size() > 1:
-                dist.barrier()
-            folder = self.output / "checkpoint"
-            if json.loads((folder / "best.json").read_text())["best.safetensors"] != file_digest(folder / "best.safetensors"):
-                raise UserError(f"{folder / 'best.safetensors'} is damaged: its checksum does not match; --patience 0 keeps the last weights")
-            self.load_weights(folder / "best.safetensors")
+            best = self.output / "checkpoint" / "best.safetensors"
+            if rank() == 0:
+                try:
+                    whole = json.loads(best.with_suffix(".json").read_text())["best.safetensors"] == file_digest(best)
+                except (OSError, ValueError, TypeError, KeyError):
+                    whole = False
+                if not whole:
+                    raise UserError(f"{best} is missing or damaged (its checksum does not match): --resume --patience 0 keeps the last weights")
+            self.load_weights(best)
             say(f"taking back the weights with the least held-out loss, {self.best_loss:.4f}")
             self.eval_loss = self.best_loss
 
@@ -2071,10 +2149,15 @@ class Run:
 
             save_into(folder, write)
 
+    @torch.no_grad()
     def load_weights(self, path: Path) -> None:
-        with torch.no_grad(), safetensors.safe_open(path, "pt") as weights:
-            for p, name in self.trained.items():
-                p.copy_(sharded_like(p, weights.get_tensor(name)))
+        """Read by rank 0, sent to the others."""
+        weights = safetensors.safe_open(path, "pt") if rank() == 0 else None
+        for p, name in self.trained.items():
+            value = weights.get_tensor(name) if rank() == 0 else torch.empty(p.shape, dtype=p.dtype)
+            if world_size() > 1:
+                dist.broadcast(value, 0)
+            p.copy_(sharded_like(p, value))
 
     def damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, None if every byte of it is as it was written. Only names in FILES are opened."""
@@ -2115,9 +2198,10 @@ class Run:
             optimizer.load_state_dict(restored)
             for values in optimizer.state.values():  # on a CPU they would stay mapped onto a file that the next checkpoint removes
                 values |= {key: x.clone() for key, x in values.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
-        torch.set_rng_state(saved["random"])
-        if saved["cuda_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_random"])
+        random, cuda_random = saved["random"][rank() % len(saved["random"])]
+        torch.set_rng_state(random)
+        if cuda_random is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda_random)
         for name in self.STATE:
             setattr(self, name, state[name])
         say(f"resumed after step {self.step} from {folder}")
@@ -2149,6 +2233,10 @@ class Run:
     def finish(self) -> None:
         """The last line of metrics.jsonl: everything that the run was to write has been written."""
         self.bar.close()
+        if world_size() > 1:  # torchrun on another machine would wait for rank 0's result for five minutes only
+            dist.barrier()
         if self.device.type == "cuda" and self.peak:
             say(f"measured: {self.peak:.3f} GiB at most on the GPU while training; --estimate says what of")
         self.write(done=True, step=self.step, eval_loss=self.eval_loss, tokens=self.tokens, seconds=round(time.perf_counter() - self.started, 1))
+        if handle := claimed.pop(self.output.resolve(), None):
+            os.close(handle)

@@ -145,6 +145,7 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
     path, device = Path(args.output) / "reference.safetensors", corpus.device
     if args.estimate:
         return lambda batch: torch.zeros(len(batch["last"]), device=device)
+    common.claim(args)  # before anything in --output changes
     rows = [corpus.planned_rows(), evaluation.rows() if evaluation else []]
     about = [model.base_fingerprint, str(dtype), args.packing, args.batch_size, corpus.digests, hashlib.sha256(str(rows).encode()).hexdigest()]
     about, logps = {"about": json.dumps(about)}, None
@@ -152,7 +153,7 @@ def kept_reference(args, model, corpus, evaluation, dtype: torch.dtype):
         with suppress(safetensors.SafetensorError), safetensors.safe_open(path, "pt") as file:  # a damaged file is written anew
             kept = file.get_tensor("logps")
             logps = kept.to(device) if file.metadata() == about | checksum(kept) else None
-    if logps is None:
+    if common.over_ranks(logps is None, dist.ReduceOp.MAX):  # all ranks compute, or none
         logps = torch.zeros(len(corpus.table), device=device)  # of each document of the table, in nats
         with common.evaluating(model):
             count = math.ceil(sum(map(len, rows)) / (args.batch_size * common.world_size()))

@@ -700,19 +700,24 @@ def load_shared(args, reward: str | None, dtype: torch.dtype, device: torch.devi
         args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
     else:
         add_adapter(model, "policy", list(common.linear_layers(model, args.targets)), args.rank, args.alpha, args.rslora)
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=device)
-    critic = Role(model, dtype, "critic", head)
+    new_head = partial(nn.Linear, model.config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32, device=device)
+    critic = Role(model, dtype, "critic", new_head())
     roles = {"policy": Role(model, dtype, "policy"), "reference": Role(model, dtype, "reference" if args.adapter else None), "critic": critic}
-    if reward and adapter_config(reward).get("base_fingerprint") == model.base_fingerprint:
+    config = adapter_config(reward) if reward else {}
+    same_base = config.get("base_fingerprint") == model.base_fingerprint
+    if args.estimate and (base := config.get("base_model_name_or_path")):  # there are no weights to know it by
+        same_base = Path(base).resolve() == Path(args.model).resolve()
+    if same_base:
         config, weight = load_adapter(model, "critic", reward, "--reward")  # [8]
         load_adapter(model, "reward", reward, "--reward")
-        head.weight.data.copy_(weight)
-        critic.offset = config.get("reward_offset", 0.0)
-        roles["reward"] = Role(model, dtype, "reward", copy.deepcopy(head).requires_grad_(False), critic.offset)
+        roles["reward"] = Role(model, dtype, "reward", new_head().requires_grad_(False))
+        for role in (critic, roles["reward"]):
+            role.head.weight.data.copy_(weight)
+            role.offset = config.get("reward_offset", 0.0)
     else:
         common.say("the critic starts as a new adapter with a head of zeros: no reward model is a LoRA on this base")
         add_adapter(model, "critic", list(adapted_layers(model)), args.rank, args.alpha, args.rslora)
-        nn.init.zeros_(head.weight)
+        nn.init.zeros_(critic.head.weight)
     return roles
 
 

@@ -264,7 +264,7 @@ def train(args) -> None:
 
     run.show_samples()
     save_lora(args, model, tokenizer)
-    if args.merge:
+    if args.merge and common.rank() == 0:  # it loads the base again
         common.save_model(Path(args.output) / "merged", merge(args, model, evaluation or corpus, device), tokenizer)
     run.finish()
     four_bits = "t.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='bfloat16')"

@@ -9,6 +9,7 @@ Each run is a script in a process of its own; what the tables say is read from t
 import argparse
 import datetime
 import json
+import math
 import platform
 import re
 import resource
@@ -98,21 +99,22 @@ def real(args) -> str:
 def picture(curves: dict[str, list[tuple[float, float]]], memory: dict[str, float]) -> str:
     """Training loss over epochs on the left, peak memory on the right, one colour a method. -> SVG"""
     points = [point for curve in curves.values() for point in curve]
-    steps, low, high = max(step for step, _ in points), min(loss for _, loss in points), max(loss for _, loss in points)
+    steps, high = max(step for step, _ in points), math.ceil(max(loss for _, loss in points))
 
     def x(step):
         return 60 + 440 * step / steps
 
     def y(loss):
-        return 40 + 260 * (high - loss) / max(high - low, 1e-9)
+        return 40 + 260 * (high - loss) / high
 
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 350" font-family="sans-serif" font-size="12">',
              '<rect width="920" height="350" fill="white"/>', '<text x="60" y="22" font-size="14">training loss (nats) by epoch</text>',
              '<text x="560" y="22" font-size="14">peak memory (GiB)</text>']  # fmt: skip
-    for n in range(5):
-        loss, step = low + n * (high - low) / 4, n * steps / 4
-        parts.append(f'<line x1="60" x2="500" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#ddd"/><text x="52" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.2f}</text>')
-        parts.append(f'<text x="{x(step):.1f}" y="320" text-anchor="middle">{step:.2g}</text>')
+    for loss in range(0, high + 1, max(1, high // 8)):
+        line = f'<line x1="60" x2="500" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#ddd"/>'
+        parts.append(f'{line}<text x="52" y="{y(loss) + 4:.1f}" text-anchor="end">{loss}</text>')
+    for step in range(int(steps) + 1):
+        parts.append(f'<text x="{x(step):.1f}" y="320" text-anchor="middle">{step}</text>')
     most, height = max(memory.values()), 270 / len(memory)
     for n, (method, curve) in enumerate(curves.items()):
         color, top = COLORS[n % len(COLORS)], 40 + n * height

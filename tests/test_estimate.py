@@ -160,6 +160,15 @@ def test_a_run_prints_its_estimate_first(tmp_path):
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
 
 
+def test_a_lora_reward_model_shares_the_base(monkeypatch, tmp_path, capsys):
+    """As in the run itself: one model for all four roles."""
+    tiny = ["--model", str(ROOT / "examples" / "tiny"), "--data", str(few_rows("ppo"))]
+    flags = [*tiny, "--output", str(tmp_path / "reward"), "--max-steps", "0", "--samples", "0", "--eval-fraction", "0"]
+    importlib.import_module("reward_model").main([*flags, "--lora-rank", "4"])
+    estimate(monkeypatch, "ppo", *tiny, "--lora-rank", "4", "--response-length", "8", "--reward", str(tmp_path / "reward"))
+    assert "in memory for policy, reference, critic, reward: 1 model(s)" in capsys.readouterr().out
+
+
 SHORT = ["--dtype", "float32", "--batch-size", "2", "--max-length", "256"]
 
 

@@ -1,6 +1,8 @@
 """The run: schedule, metrics, checkpoints, resumption, signals, and the faults that a user meets while training."""
 
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -74,6 +76,67 @@ def test_signals_save_and_exit(number, code, tmp_path):
     (folder,) = (tmp_path / "run" / "checkpoint").iterdir()
     step = json.loads((folder / "state.json").read_text())["step"]
     assert f"after step {step}" in printed
+
+
+def test_ctrl_c_saves_though_the_reader_of_its_output_is_gone(tmp_path):
+    """In `python lora.py 2>&1 | tee log` it ends tee as well."""
+    command = [sys.executable, str(ROOT / "lora.py"), *RANDOM, *flags(tmp_path, "run"), "--max-steps", "5000", "--save-every", "5000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and '"loss"' in metrics.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and len(list((tmp_path / "run" / "checkpoint").iterdir())) == 1
+
+
+def test_only_a_later_signal_is_a_second_request(monkeypatch):
+    """A scheduler tells every process of a job, and torchrun tells its own once more."""
+    run, now = common.Run.__new__(common.Run), iter([100.0, 100.5, 104.0])
+    run.signal, run.asked = None, 0.0
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(now))
+    run.on_signal(signal.SIGTERM, None)
+    run.on_signal(signal.SIGTERM, None)
+    with pytest.raises(SystemExit) as stopped:
+        run.on_signal(signal.SIGTERM, None)
+    assert run.signal == signal.SIGTERM and stopped.value.code == 143
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    handle = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(common.UserError, match="another process writes to"):
+        lora.main(flags(tmp_path, "run"))
+    assert not list((tmp_path / "run").iterdir())
+    os.close(handle)
+    lora.main(flags(tmp_path, "run", "--max-steps", "1"))
+
+
+def test_a_folder_that_is_read_or_that_no_run_has_written_is_no_output(tmp_path):
+    """The result would replace what lies there."""
+    model = common.tiny_model()
+    model.padded_attention = "sdpa"
+    common.save_model(tmp_path / "model", model, common.tiny_tokenizer())
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    for more, match in ((["--model", str(tmp_path / "model")], "folder of --model"), ([], "no run's metrics.jsonl")):
+        with pytest.raises(common.UserError, match=match):
+            lora.main(flags(tmp_path, "model", *more))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+
+
+def test_ranks_that_see_different_things_are_refused(tmp_path, monkeypatch):
+    """A second machine with another --output, say, would begin at step 0 where the first one resumes."""
+
+    def gather(seen, mine):
+        seen[:] = [mine, [mine[0], ["step-00000005"], mine[2]]]
+
+    build = common.Run.what_must_not_differ
+    monkeypatch.setattr(common.Run, "what_must_not_differ", lambda run: (monkeypatch.setattr(common, "world_size", lambda: 2), build(run))[1])
+    monkeypatch.setattr(common.dist, "all_gather_object", gather)
+    with pytest.raises(common.UserError, match="the ranks see different data"):
+        lora.main(flags(tmp_path, "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def finished(tmp_path, *more):

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import transformers
 import trl
-from conftest import read_metrics, run_script, write_rows
+from conftest import RANDOM, read_metrics, run_script, write_rows
 
 import common
 import sft
@@ -151,3 +151,16 @@ def test_an_adapter_and_a_whole_model_are_saved_as_others_load_them(tmp_path):
 def test_the_command_line_runs(tmp_path):
     run = run_script("sft.py", *few(tmp_path, "run", "--max-steps", 2, "--lora-rank", 2))
     assert run.returncode == 0 and "Merge it into its base" in run.stdout, run.stderr
+
+
+def test_a_result_leaves_nothing_of_another_kind(tmp_path):
+    """A stale adapter beside a model would be loaded on top of it, a stale model beside an adapter in its place."""
+    base = [*RANDOM, "--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": c, "completion": c} for c in "abcdefgh"])]
+    flags = [*base, "--output", str(tmp_path / "run"), "--max-steps", "1", "--samples", "0", "--eval-fraction", "0"]
+    model, adapter = {"config.json", "generation_config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
+    sft.main([*flags, "--lora-rank", "2"])
+    (tmp_path / "run" / "merged").mkdir()
+    for more, here, gone in (([], model, adapter), (["--lora-rank", "2"], adapter, model)):
+        sft.main([*flags, *more])
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        assert here <= names and not (gone | {"merged"}) & names
