@@ -1912,9 +1912,9 @@ class Run:
         if args.estimate:
             self.step = 1  # past the checks of step 0
             return
-        claim(args)
         if self.total_steps == 0 and args.max_steps is None:
             raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
+        claim(args)
         self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
         self.window, self.unread, self.eval_loss, self.signal, self.asked, self.peak = {}, [], None, None, 0.0, None
         self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
