@@ -286,7 +286,8 @@ def test_a_signal_at_any_place_of_a_step_stops_all_ranks(tmp_path):
     rank with its own noise (--neftune)."""
     (tmp_path / "between.py").write_text(BETWEEN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "between.py", ROOT, tmp_path, *RANDOM]
-    more = ["--max-steps", "4", "--save-every", "1", "--samples", "0", "--eval-fraction", "0", "--max-length", "128", "--batch-size", "1", "--neftune", "5"]
+    more = ["--data", write_rows(tmp_path / "rows.jsonl", ROWS), "--max-steps", "4", "--save-every", "1", "--samples", "0", "--eval-fraction", "0",
+            "--batch-size", "1", "--no-packing", "--neftune", "5"]  # fmt: skip
     run = subprocess.run(list(map(str, [*command, *more])), capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("stopped by a signal after step 2") == run.stdout.count("resumed after step 2") == 2
