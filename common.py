@@ -169,7 +169,7 @@ def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = Non
     add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
     add("--estimate", nargs="?", const=True, choices=["run"],
         help="print what this command would take on a GPU, part by part, and exit: no GPU and no weights are needed. `--estimate run` "
-        "trains after it, and ends with what was measured")
+        "trains after it, and on a GPU ends with what was measured")
     add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
     add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
     add("--exact-match", type=number(int, 0), default=0, metavar="N",
@@ -187,7 +187,7 @@ class Unbroken:
 
     def __init__(self, stream):
         self.stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # nor must a terminal that cannot show a character
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end the run either
             stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name: str):
@@ -211,7 +211,7 @@ class Unbroken:
 
 def launch(main, out_of_memory: str) -> None:
     """Run main(); turn what a user can mend into one line on stderr. out_of_memory: what this script can try, in order."""
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    sys.stdout, sys.stderr = (stream and Unbroken(stream) for stream in (sys.stdout, sys.stderr))  # None is one that was closed
     code, message = 0, ""
     try:
         main()
@@ -220,7 +220,7 @@ def launch(main, out_of_memory: str) -> None:
     except UserError as error:
         code, message = 2, f"error: {error}"
         if os.environ.get("RANK", "0") != "0":  # most often all ranks find the same: rank 0 says it, and torchrun ends the others
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once, where Run would wait for the end of a step
             time.sleep(5)
     except torch.OutOfMemoryError as error:
         code, message = 1, f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}"
@@ -1567,6 +1567,12 @@ def unfinished(folder: Path):
         raise
 
 
+def result_files(folder: Path) -> list[Path]:
+    """What makes a folder a model or an adapter to other programs."""
+    patterns = ("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model.safetensors*", "model-*-of-*.safetensors")
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+
+
 def save_into(folder: Path, write) -> None:
     """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file."""
     with unfinished(folder) as temporary:
@@ -1574,11 +1580,9 @@ def save_into(folder: Path, write) -> None:
         sync(*temporary.rglob("*"), temporary)
         written = {path.name for path in temporary.iterdir()}
         if written & {"config.json", "adapter_config.json"}:  # a new result: what an earlier run of another kind left would pass for part of it
-            for pattern in ("adapter_*", "config.json", "generation_config.json", "model*.safetensors*"):
-                for old in folder.glob(pattern):
-                    if old.name not in written:
-                        old.unlink()
-            shutil.rmtree(folder / "merged", ignore_errors=True)
+            for old in [*result_files(folder), folder / "chat_template.jinja"]:
+                if old.name not in written:
+                    old.unlink(missing_ok=True)
         for path in sorted(temporary.rglob("*")):
             place = folder / path.relative_to(temporary)
             place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
@@ -1856,28 +1860,30 @@ claimed = {}  # --output folders of this process's runs, each with the handle th
 
 
 def claim(args) -> None:
-    """Refuse an --output that holds what this run reads, a run that is not finished, or files that no run has written; and one that
-    another process of this machine writes to."""
+    """Refuse an --output that another process of this machine writes to, that holds what this run reads or a run that is not finished,
+    or a model or an adapter that no run has written."""
     output = Path(args.output)
-    metrics = output / "metrics.jsonl"
     for name in ("model", "adapter", "reward", "reference"):
-        if getattr(args, name, None) and Path(getattr(args, name)).resolve() == output.resolve():
-            raise UserError(f"--output {args.output} is the folder of --{name}, which it would overwrite: choose another")
-    if not (metrics.exists() or args.resume) and any((output / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{output} holds a model or an adapter, and no run's metrics.jsonl: choose another --output")
-    before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
-    if checkpoints(output) and not args.resume and '{"done": true' not in before:
-        raise UserError(f"{output} holds a run that is not finished: --resume it, delete it, or choose another --output")
+        path = getattr(args, name, None)
+        if path and Path(path).resolve() in (output.resolve(), output.resolve() / "merged"):
+            raise UserError(f"--output {output}: its result would replace --{name} {path}: choose another")
+    metrics = output / "metrics.jsonl"
+    if not metrics.exists() and not checkpoints(output) and (found := [*result_files(output), *output.glob("merged")]):
+        raise UserError(f"{output} holds {found[0].name}, and no metrics.jsonl of a run that wrote it: choose another --output")
     if rank() == 0 and output.resolve() not in claimed:
         output.mkdir(parents=True, exist_ok=True)
-        handle = claimed[output.resolve()] = os.open(output, os.O_RDONLY)
+        handle = os.open(output, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            del claimed[output.resolve()]
+            os.close(handle)
             raise UserError(f"another process writes to {output}: wait for its end, or choose another --output")
         except OSError:  # a file system without locks
             pass
+        claimed[output.resolve()] = handle
+    before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    if checkpoints(output) and not args.resume and '{"done": true' not in before:
+        raise UserError(f"{output} holds a run that is not finished: --resume it, delete it, or choose another --output")
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -1924,9 +1930,10 @@ class Run:
         self.metrics = self.output / "metrics.jsonl"
         if world_size() > 1:
             seen = [None] * world_size()
-            dist.all_gather_object(seen, [self.identity, [str(path) for path in self.checkpoints()[-1:]], self.device.type])
+            dist.all_gather_object(seen, [self.identity, [path.name for path in self.checkpoints()[-1:] if args.resume], self.device.type])
             if any(other != seen[0] for other in seen):  # they would wait for each other, or train different things
-                raise UserError("the ranks see different data, models, devices or checkpoints: --model, --data and --output must be shared")
+                raise UserError("the ranks see different data, models, devices or checkpoints: --model, --data and, with --resume, --output "
+                                "must be shared")  # fmt: skip
         resumed = args.resume and self.load_checkpoint()
         if rank() == 0:
             self.open_metrics(resumed)
@@ -1961,7 +1968,7 @@ class Run:
                 entries.append(entry)
         self.remove_old()  # a run may have been killed before it could
         if not resumed and (self.output / "checkpoint").exists():
-            remove(self.output / "checkpoint")  # of a finished run: see __init__
+            remove(self.output / "checkpoint")  # of a finished run: see claim
         if not entries:
             trainable, parameters = count_parameters(self.model)
             command = ["git", "rev-parse", "HEAD"]
@@ -1990,7 +1997,8 @@ class Run:
         self.signal, self.asked = kind, now
         if rank() == 0:
             with suppress(OSError):  # not by print, which this may have interrupted
-                os.write(2, b"\na signal: the run ends after this step, with a checkpoint; a second one, 3 seconds later, ends it at once\n")
+                os.write(2, b"\na signal: the run ends after this step with a checkpoint, or with its result if no step is left; "
+                            b"a second signal, 3 seconds later, ends it at once\n")
 
     def stop_signal(self) -> int:
         """The signal that any rank has got, or 0. One that comes later is for the next step: if ranks did not agree, those that go on

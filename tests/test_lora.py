@@ -173,7 +173,7 @@ def test_training_goes_on_from_an_adapter(tmp_path):
     first = train(tmp_path / "a")
     with pytest.raises(common.UserError, match="^--rank: the folder of --adapter has its own"):
         train(tmp_path / "b", "--adapter", str(first), "--rank", "99")
-    with pytest.raises(common.UserError, match="is the folder of --adapter"):
+    with pytest.raises(common.UserError, match="would replace --adapter"):
         train(tmp_path / "a", "--adapter", str(first), "--max-steps", "0")
     second = train(tmp_path / "b", "--adapter", str(first))
     assert json.loads((second / "adapter_config.json").read_text())["r"] == 16

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,10 +120,22 @@ def test_a_folder_that_is_read_or_that_no_run_has_written_is_no_output(tmp_path)
     model.padded_attention = "sdpa"
     common.save_model(tmp_path / "model", model, common.tiny_tokenizer())
     before = sorted(path.name for path in (tmp_path / "model").iterdir())
-    for more, match in ((["--model", str(tmp_path / "model")], "folder of --model"), ([], "no run's metrics.jsonl")):
+    for more, match in ((["--model", str(tmp_path / "model")], "would replace --model"), ([], "no metrics.jsonl"), (["--resume"], "no metrics.jsonl")):
         with pytest.raises(common.UserError, match=match):
             lora.main(flags(tmp_path, "model", *more))
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+    shutil.copytree(tmp_path / "model", tmp_path / "run" / "merged")
+    with pytest.raises(common.UserError, match="holds merged, and no metrics.jsonl"):
+        lora.main(flags(tmp_path, "run"))
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(common.UserError, match="would replace --model"):  # with --merge it would
+        lora.main(flags(tmp_path, "run", "--model", str(tmp_path / "run" / "merged")))
+
+
+def test_a_closed_stdout_is_no_reason_to_fail(tmp_path):
+    script = f"import os, sys; sys.stdout = None; sys.path.insert(0, {str(ROOT)!r}); import common, lora; common.launch(lora.main, '')"
+    run = subprocess.run([sys.executable, "-c", script, *RANDOM, *flags(tmp_path, "run", "--max-steps", "1")], capture_output=True, text=True)
+    assert run.returncode == 0 and read_metrics(tmp_path / "run")[-1]["done"], run.stderr
 
 
 def test_ranks_that_see_different_things_are_refused(tmp_path, monkeypatch):
@@ -135,7 +148,7 @@ def test_ranks_that_see_different_things_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "what_must_not_differ", lambda run: (monkeypatch.setattr(common, "world_size", lambda: 2), build(run))[1])
     monkeypatch.setattr(common.dist, "all_gather_object", gather)
     with pytest.raises(common.UserError, match="the ranks see different data"):
-        lora.main(flags(tmp_path, "run"))
+        lora.main(flags(tmp_path, "run", "--resume"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

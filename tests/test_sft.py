@@ -159,8 +159,8 @@ def test_a_result_leaves_nothing_of_another_kind(tmp_path):
     flags = [*base, "--output", str(tmp_path / "run"), "--max-steps", "1", "--samples", "0", "--eval-fraction", "0"]
     model, adapter = {"config.json", "generation_config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
     sft.main([*flags, "--lora-rank", "2"])
-    (tmp_path / "run" / "merged").mkdir()
+    (tmp_path / "run" / "adapter_old").mkdir()  # a folder of the user's
     for more, here, gone in (([], model, adapter), (["--lora-rank", "2"], adapter, model)):
         sft.main([*flags, *more])
         names = {path.name for path in (tmp_path / "run").iterdir()}
-        assert here <= names and not (gone | {"merged"}) & names
+        assert here | {"adapter_old"} <= names and not gone & names
