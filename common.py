@@ -1930,7 +1930,7 @@ class Run:
         self.metrics = self.output / "metrics.jsonl"
         if world_size() > 1:
             seen = [None] * world_size()
-            dist.all_gather_object(seen, [self.identity, [path.name for path in self.checkpoints()[-1:] if args.resume], self.device.type])
+            dist.all_gather_object(seen, [self.identity, [path.name for path in checkpoints(self.output)[-1:] if args.resume], self.device.type])
             if any(other != seen[0] for other in seen):  # they would wait for each other, or train different things
                 raise UserError("the ranks see different data, models, devices or checkpoints: --model, --data and, with --resume, --output "
                                 "must be shared")  # fmt: skip
@@ -2081,11 +2081,12 @@ class Run:
         self.clock += time.perf_counter() - paused  # tokens a second are of training alone
 
     def stop_not_finite(self, what: str):
-        good = f"the last good checkpoint is {self.checkpoints()[-1]}" if self.checkpoints() else "there is no checkpoint yet"
-        raise UserError(f"step {self.step}: {what} is not finite; {good}. Try a lower --lr, or --dtype float32")
+        raise UserError(f"step {self.step}: {what} is not finite; {self.last_good()}. Try a lower --lr, or --dtype float32")
 
-    def checkpoints(self) -> list[Path]:
-        return checkpoints(self.output)
+    def last_good(self) -> str:
+        """For messages of a run that has gone wrong."""
+        complete = checkpoints(self.output)
+        return f"the last good checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
 
     def save_checkpoint(self) -> None:
         """Everything by parameter name and unsharded, so that any number of ranks can load it; then the oldest beyond --keep go."""
@@ -2113,7 +2114,7 @@ class Run:
         self.remove_old()
 
     def remove_old(self) -> None:
-        for old in self.checkpoints()[: -self.args.keep]:
+        for old in checkpoints(self.output)[: -self.args.keep]:
             remove(old)
 
     def enough(self) -> bool:
@@ -2180,10 +2181,10 @@ class Run:
 
     def load_checkpoint(self) -> bool:
         """Go on from the last checkpoint, if every byte of it is as it was written and the run is the same."""
-        if not self.checkpoints():
+        if not checkpoints(self.output):
             say(f"--resume: no checkpoint in {self.output}, starting at step 0")
             return False
-        *before, folder = self.checkpoints()
+        *before, folder = checkpoints(self.output)
         if damage := self.damage(folder):
             way_out = f"go on from {before[-1].name}" if before else "begin anew: there is no other (--keep 2 would keep one more)"
             raise UserError(f"--resume: {damage}. Delete {folder} to {way_out}")

@@ -349,8 +349,7 @@ def check_health(figures: dict[str, float], step: int, run, args) -> None:
     elif entropy < args.min_entropy:
         trouble = f"the policy has collapsed: its entropy is {entropy:.3g} nats per token (--min-entropy {args.min_entropy:g})"
     if trouble:
-        good = f"the last good checkpoint is {run.checkpoints()[-1]}" if run.checkpoints() else "there is no checkpoint yet"
-        raise common.UserError(f"step {step}: {trouble}; {good}. Try a lower --lr or a higher --kl-coefficient")
+        raise common.UserError(f"step {step}: {trouble}; {run.last_good()}. Try a lower --lr or a higher --kl-coefficient")
 
 
 def estimate(args, policy, critic, trained, optimizer, corpus) -> None:
