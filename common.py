@@ -1573,16 +1573,15 @@ def result_files(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
-def save_into(folder: Path, write) -> None:
-    """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file."""
+def save_into(folder: Path, write, result: bool = False) -> None:
+    """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file. result: they are
+    a model or an adapter, and replace one of another kind, whose files would pass for part of it."""
     with unfinished(folder) as temporary:
         write(temporary)
         sync(*temporary.rglob("*"), temporary)
-        written = {path.name for path in temporary.iterdir()}
-        if written & {"config.json", "adapter_config.json"}:  # a new result: what an earlier run of another kind left would pass for part of it
-            for old in [*result_files(folder), folder / "chat_template.jinja"]:
-                if old.name not in written:
-                    old.unlink(missing_ok=True)
+        for old in [*result_files(folder), folder / "chat_template.jinja"] if result else []:
+            if not (temporary / old.name).exists():
+                old.unlink(missing_ok=True)
         for path in sorted(temporary.rglob("*")):
             place = folder / path.relative_to(temporary)
             place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
@@ -1630,7 +1629,7 @@ def save_model(folder: Path, model, tokenizer) -> None:
         except ValueError:  # some bases set a temperature but forget do_sample, and would not be saved
             model.generation_config.do_sample = True
     with attention(model, model.padded_attention):  # other programs do not know ours
-        save_into(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+        save_into(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)), result=True)
 
 
 def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -1648,7 +1647,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.
 
     if rank() != 0:
         return
-    save_into(Path(args.output), write)
+    save_into(Path(args.output), write, result=True)
     if args.model == "random":
         base = tiny_model()
         base.padded_attention = base.config._attn_implementation
