@@ -1861,15 +1861,15 @@ claimed = {}  # --output folders of this process's runs, each with the handle th
 def claim(args) -> None:
     """Refuse an --output that another process of this machine writes to, that holds what this run reads or a run that is not finished,
     or a model or an adapter that no run has written."""
-    output = Path(args.output)
+    output, folder = Path(args.output), Path(args.output).resolve()
     for name in ("model", "adapter", "reward", "reference"):
         path = getattr(args, name, None)
-        if path and Path(path).resolve() in (output.resolve(), output.resolve() / "merged"):
+        if path and Path(path).resolve() in (folder, folder / "merged"):
             raise UserError(f"--output {output}: its result would replace --{name} {path}: choose another")
     metrics = output / "metrics.jsonl"
     if not metrics.exists() and not checkpoints(output) and (found := [*result_files(output), *output.glob("merged")]):
         raise UserError(f"{output} holds {found[0].name}, and no metrics.jsonl of a run that wrote it: choose another --output")
-    if rank() == 0 and output.resolve() not in claimed:
+    if rank() == 0 and folder not in claimed:
         output.mkdir(parents=True, exist_ok=True)
         handle = os.open(output, os.O_RDONLY)
         try:
@@ -1879,7 +1879,7 @@ def claim(args) -> None:
             raise UserError(f"another process writes to {output}: wait for its end, or choose another --output")
         except OSError:  # a file system without locks
             pass
-        claimed[output.resolve()] = handle
+        claimed[folder] = handle
     before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
     if checkpoints(output) and not args.resume and '{"done": true' not in before:
         raise UserError(f"{output} holds a run that is not finished: --resume it, delete it, or choose another --output")
