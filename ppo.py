@@ -707,7 +707,7 @@ def load_shared(args, reward: str | None, dtype: torch.dtype, device: torch.devi
     if args.estimate and (base := config.get("base_model_name_or_path")):  # there are no weights to know it by
         same_base = Path(base).resolve() == Path(args.model).resolve()
     if same_base:
-        config, weight = load_adapter(model, "critic", reward, "--reward")  # [8]
+        _, weight = load_adapter(model, "critic", reward, "--reward")  # [8]
         load_adapter(model, "reward", reward, "--reward")
         roles["reward"] = Role(model, dtype, "reward", new_head().requires_grad_(False))
         for role in (critic, roles["reward"]):
