@@ -371,7 +371,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import common
 def main():
     time.sleep(60 * (os.environ["RANK"] not in sys.argv[1:]))
-    raise common.UserError(f"no such file")
+    raise common.UserError("no such file")
 common.launch(main, "")
 """
 
