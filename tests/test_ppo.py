@@ -685,7 +685,7 @@ def test_clip_holds_both_losses(monkeypatch, tmp_path):
 @pytest.mark.parametrize("flag, stops, goes_on", [("--max-kl", 2.9, 3.1), ("--min-entropy", 0.06, 0.04)])
 def test_where_a_policy_has_gone_astray_is_the_flags_number(flag, stops, goes_on, monkeypatch, tmp_path):
     """12 nats an answer of 4 tokens are 3 a token; entropy 0.05."""
-    figures, run = {"kl": 12.0, "response_length": 4.0, "entropy": 0.05}, SimpleNamespace(checkpoints=list)
+    figures, run = {"kl": 12.0, "response_length": 4.0, "entropy": 0.05}, SimpleNamespace(last_good=str)
     ppo.check_health(figures, 0, run, parse(monkeypatch, *flags(tmp_path, "x", flag, goes_on)))
     with pytest.raises(common.UserError, match=flag):
         ppo.check_health(figures, 0, run, parse(monkeypatch, *flags(tmp_path, "x", flag, stops)))
