@@ -445,6 +445,18 @@ def test_damaged_reference_log_probabilities_are_computed_again(damage, tmp_path
     assert torch.equal(load_file(kept)["logps"], logps)
 
 
+def test_a_refused_run_leaves_the_reference_of_the_unfinished_one(tmp_path):
+    """dpo.py writes it before the run begins."""
+    run = tmp_path / "run"
+    main("dpo", *flags("dpo", run, "--lora-rank", 0))
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]), encoding="utf-8")
+    before = (run / "reference.safetensors").read_bytes()
+    with pytest.raises(common.UserError, match="holds a run that is not finished"):
+        main("dpo", *flags("dpo", run, "--lora-rank", 0, "--seed", 1))
+    assert (run / "reference.safetensors").read_bytes() == before
+
+
 # -------------------------------------------------------------------------------------- full disks, read-only folders
 
 
