@@ -56,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
+import common_before as common
 
 # What decoders call the two parts of a block. fc2 is the output projection of an MLP that is no module (OPT).
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn")

@@ -1,1183 +1,926 @@
-"""What every script needs and no method owns: the command line, data, model loading, log-probabilities, and the run.
+"""Code shared by all scripts: data and model loading, and the plumbing of a training run.
 
-Read it in order; each section uses only what stands above it.
+    1. Command line         the shared flags, errors in one line
+    2. Rows                 files and Hub data sets -> conversations
+    3. Tokens               conversations -> token ids and target masks
+    4. Batches              the examples of every optimizer step and its forward passes
+    5. Model                weights, gradient checkpointing, FSDP2
+    6. Attention            one attention per stretch of tokens: packed documents stay apart
+    7. Log-probabilities    of target tokens, without all logits in memory
+    8. Saving               layers around targets, PEFT adapters, Hugging Face folders
+    9. The run              learning rate, answers, metrics, signals, checkpoints
 
-    1. The command line       the flags all scripts share, and how errors reach the user
-    2. Rows                   files and Hub data sets -> checked rows, each with its file and line
-    3. Tokens and targets     a row -> token ids, and which of them the loss is taken on
-    4. Batches                held-out split, mixing, packing, and an order that survives a restart
-    5. Model                  device, tokenizer, weights, gradient checkpointing
-    6. Attention              one attention per document of a packed row
-    7. Log-probabilities      of target tokens, without ever holding (tokens x vocabulary) logits
-    8. Files                  adapters in PEFT's form and Hugging Face folders, never half-written
-    9. The run                learning rate, evaluation, samples, metrics, checkpoints, signals
-
-Nothing here knows a fine-tuning method: modules and losses stand in the scripts.
+Nothing here knows a fine-tuning method: layers, losses and training loops are in the scripts.
 """
 
 import argparse
 import csv
-import fcntl
-import gc
+import functools
+import gzip
 import hashlib
+import heapq
 import inspect
 import io
 import json
 import math
 import os
-import pickle
 import re
 import resource
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import traceback
 import types
-import weakref
-from contextlib import ExitStack, contextmanager, suppress
+import unicodedata
+import zipfile
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from unittest import mock
+from typing import NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow.parquet as parquet
+import pyarrow.parquet
 import safetensors.torch
-import tokenizers
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn.functional as F
 import transformers
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.nn.attention.varlen import varlen_attn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.chat_template_utils import render_jinja_template
 
-# ---------------------------------------------------------------------------------------------- 1. The command line
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+EXAMPLES = Path(__file__).parent / "examples"
+
+# --------------------------------------------------------------------------- 1. Command line
 
 
 class UserError(Exception):
-    """Something the user can mend. `launch` prints it as one line that begins `error:` and exits with code 2."""
+    """An error the user can fix. `launch` prints it as one line and exits with code 2."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults behind the help texts, but no None: there the text itself says what holds."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Arguments(argparse.Namespace):
-    """The values of all flags; and, for messages, each flag as it is written, which is no value: vars() does not have it."""
-
-    __slots__ = ("flags",)
+def say(text: str) -> None:
+    """Print on rank 0, above the progress bar."""
+    if RANK == 0:
+        tqdm.write(text)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a bad flag is a UserError: one line instead of the whole usage text. Where neither --model nor --data is given, the
-    defaults are those of the script's demonstration: what the small model in examples/tiny learns in a minute."""
-
-    demo, adapter_brings = {}, ()  # adapter_brings: flags whose values an --adapter folder has
-
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists the flags)")
-
-    def parse_args(self, args=None, namespace=None):
-        given = {argument.split("=")[0] for argument in (sys.argv[1:] if args is None else args)}
-        if not given & {"--model", "--data", "--help", "-h"}:
-            self.set_defaults(**self.demo)
-        parsed = super().parse_args(args, namespace or Arguments())
-        if getattr(parsed, "adapter", None) and (both := sorted(given & set(self.adapter_brings))):
-            raise UserError(f"{both[0]}: the folder of --adapter has its own: leave out one")
-        parsed.flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
-        return parsed
-
-
-def number(kind, minimum, below=math.inf):
-    """An argparse type: an int or a float in [minimum, below)."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not minimum <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{minimum}, {below})")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"  # what argparse calls it in its message
-    return parse
-
-
-def example(name: str) -> str:
-    return str(Path(__file__).parent / "examples" / name)
-
-
-# what demonstrations have in common
-DEMO = {"data": [example("task.jsonl")], "max_length": 128, "epochs": 3, "eval_fraction": 1 / 6, "samples": 3, "exact_match": 100, "eval_every": 1000}
-
-
-def make_parser(doc: str, without: tuple[str, ...] = (), demo: dict | None = None, **defaults) -> Parser:
-    """The flags every script has. doc: the script's docstring. without: flags that mean nothing there. demo: defaults where neither
-    --model nor --data is given. defaults: the script's own (output, lr ...), of the flags it is without, too."""
-    yes_no = argparse.BooleanOptionalAction
-    parser = Parser(description=doc.split("\n\n")[0], formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.demo = DEMO | (demo or {})
-
-    def add(flag: str, **options):
-        if flag not in without:
-            parser.add_argument(flag, **options)
-
-    add("--model", default=example("tiny"), help="a folder, a Hugging Face Hub name, or `random`: a small random Llama made in memory. "
-        "Without --model and --data the script shows what it does on examples/tiny, with settings of its own")
-    add("--data", nargs="+", metavar="PATH[:WEIGHT]", default=[example("instructions.jsonl")],
-        help=".jsonl, .json, .csv, .parquet files, folders of them, or Hub data sets (NAME, NAME@SPLIT, NAME@CONFIG@SPLIT). "
-        "WEIGHT is how often a row comes up in an epoch: 2 is twice, 0.5 half of the rows, and the other half in the next epoch")
-    add("--eval-data", nargs="+", metavar="PATH", help="held-out rows; default: --eval-fraction of the training prompts")
-    add("--eval-fraction", type=number(float, 0, 1), default=0.05, help="share held out, whole prompts at a time; 0 trains on all rows")
-    add("--output", help="folder for the result, metrics.jsonl and checkpoint/")
-    add("--max-length", type=number(int, 2), default=1024, help="tokens a row; longer conversations are cut at their end, longer texts split")
-    add("--batch-size", type=number(int, 1), default=4, help="rows in one forward pass on one device")
-    add("--grad-accum", type=number(int, 1), default=1,
-        help="forward passes in one step: the gradient of a larger batch in the memory of a small one")
-    add("--epochs", type=number(int, 1), default=3, help="passes over the (weighted) rows")
-    add("--max-steps", type=number(int, 0), help="optimizer steps, whatever --epochs says; 0 only evaluates and saves")
-    add("--lr", type=number(float, 0), help="peak learning rate")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.03, help="share of the steps in which the rate climbs to its peak")
-    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="the rate after warmup: down to 0, or as it is")
-    add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's decoupled decay, on tensors of 2 or more dimensions")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="clip the global gradient norm here; 0 never clips")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="of initial values, data order and the held-out split")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of the computation; auto: bfloat16, but float32 on a CPU")
-    add("--packing", action=yes_no, default=True, help="fill rows with whole documents that cannot see each other; without it, rows are padded")
-    add("--gradient-checkpointing", action=yes_no, default=False, help="recompute blocks in the backward pass: far less memory, a third more time")
-    add("--checkpoint-blocks", type=number(int, 1), metavar="N", help="recompute only the first N blocks (implies --gradient-checkpointing)")
-    add("--compile", action=yes_no, default=False,
-        help="torch.compile for norms and MLPs, at the first step; pays nothing on a CPU, not yet measured on a GPU")
-    add("--log-every", type=number(int, 1), default=5, help="steps between logged steps")
-    add("--eval-every", type=number(int, 1), default=100, help="steps between evaluations; there is one before and one after, too")
-    add("--patience", type=number(int, 0), default=0, metavar="N",
-        help="stop after N evaluations without a lower held-out loss, and keep the weights of the lowest; 0 never does")
-    add("--save-every", type=number(int, 1), default=100, help="steps between checkpoints")
-    add("--keep", type=number(int, 1), default=1, metavar="N", help="how many complete checkpoints stay, the newest ones")
-    add("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
-    add("--estimate", nargs="?", const=True, choices=["run"],
-        help="print what this command would take on a GPU, part by part, and exit: no GPU and no weights are needed. `--estimate run` "
-        "trains after it, and on a GPU ends with what was measured")
-    add("--inspect", action="store_true", help="print the first batch, every token marked as context or target, and exit")
-    add("--samples", type=number(int, 0), default=2, help="held-out prompts to answer before and after training")
-    add("--exact-match", type=number(int, 0), default=0, metavar="N",
-        help="answer N held-out prompts before and after training: how many answers are, to the letter, the data's?")
-    add("--system", metavar="TEXT", help="system turn of conversations that have none (some templates slip in one of their own)")
-    add("--template", metavar="NAME", help="chatml, alpaca, none (strings joined as they are) or a .jinja file; default: the model's, else alpaca")
-    add("--trust-remote-code", action="store_true", help="run the Python code that comes with some models")
-    parser.set_defaults(**defaults)
+def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentParser:
+    """A parser with the flags of all scripts. doc: the script's docstring."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --model MODEL --data FILE [flags]",
+        description=doc.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(demo=False, merge_only=False, adapter=None)
+    add = parser.add_argument_group("data").add_argument
+    add("--model", help="a folder or a Hub name; without it and --data: a demonstration")
+    files = ".jsonl, .json, .csv, .parquet (or .gz) files, folders of them, NAME[@CONFIG][@SPLIT] "
+    add("--data", nargs="+", help=files + "on the Hub; PATH:2 uses each row twice in an epoch")
+    add(
+        "--eval-data",
+        nargs="+",
+        default=["0.05"],
+        help="held-out rows: files, or a share of --data",
+    )
+    add("--max-length", type=int, help="tokens of an example; None: the model's, at most 2048")
+    add("--system", metavar="TEXT", help="system turn of conversations that have none")
+    add("--template", help="a .jinja file, alpaca or none (strings joined); None: the model's own")
+    add("--skip-bad-rows", action="store_true", help="drop rows that cannot be used")
+    add("--inspect", action="store_true", help="print the first examples with their targets, exit")
+    add = parser.add_argument_group("training").add_argument
+    add("--output", default=output, help="folder of the result, metrics.jsonl and checkpoint/")
+    add("--epochs", type=float, default=3.0, help="passes over the data")
+    add("--max-steps", type=int, help="optimizer steps; overrides --epochs")
+    add("--batch-size", type=int, default=16, help="examples of an optimizer step, over all GPUs")
+    add("--lr", type=float, default=lr, help="peak learning rate")
+    add("--warmup-ratio", type=float, default=0.03, help="share of steps before the peak")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's, of matrices alone")
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; 0: do not")
+    add("--seed", type=int, default=0, help="of initial values, data order and held-out rows")
+    add("--patience", type=int, default=0, help="evaluations without a lower loss to stop after")
+    add = parser.add_argument_group("memory").add_argument
+    add("--micro-batch-tokens", type=int, default=4096, help="tokens of a forward pass on a GPU")
+    add("--no-packing", action="store_true", help="pad examples instead of packing them")
+    again = {"nargs": "?", "const": 10**6, "help": "compute N blocks (or all) again: less memory"}
+    add("--gradient-checkpointing", type=int, default=0, metavar="N", **again)
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of computation")
+    add = parser.add_argument_group("evaluating and saving").add_argument
+    add("--eval-every", type=int, default=100, help="steps between evaluations")
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
+    add("--samples", type=int, default=2, help="held-out prompts to answer before and after")
+    add("--resume", action="store_true", help="continue from the checkpoint in --output, if any")
+    add("--overwrite", action="store_true", help="replace what --output holds")
     return parser
 
 
-class Unbroken:
-    """A stream that goes silent when its reader has gone: Ctrl-C ends both sides of `python lora.py | tee log`, and what is printed then
-    must not end the run before its checkpoint."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end the run either
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    @contextmanager
-    def or_silence(self):
-        try:
-            yield
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def write(self, text: str) -> None:
-        with self.or_silence():
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with self.or_silence():
-            self.stream.flush()
+def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace:
+    """demo: the script's own settings where neither --model nor --data is given."""
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not a positive number")
+    if args.inspect and not args.data:
+        raise UserError("--inspect needs --data")
+    if args.merge_only and not (args.model and args.adapter):
+        raise UserError("--merge-only needs --model, the base, and --adapter")
+    if args.inspect or args.merge_only or args.model and args.data:
+        return args
+    if args.model or args.data:
+        raise UserError("training needs --model and --data; without both, a demonstration runs")
+    settings = {"demo": True, "overwrite": True, "output": f"runs/demo/{Path(args.output).name}"}
+    settings |= {"model": str(EXAMPLES / "tiny"), "data": [str(EXAMPLES / "task.jsonl")]}
+    settings |= {"eval_data": ["0.17"], "samples": 100, "eval_every": 1000}
+    parser.set_defaults(**settings | demo)
+    return parser.parse_args(argv)
 
 
 def launch(main, out_of_memory: str) -> None:
-    """Run main(); turn what a user can mend into one line on stderr. out_of_memory: what this script can try, in order."""
-    sys.stdout, sys.stderr = (stream and Unbroken(stream) for stream in (sys.stdout, sys.stderr))  # None is one that was closed
+    """Run main(); print what a user can fix in one line. out_of_memory: what to try, in order."""
     code, message = 0, ""
     try:
         main()
-    except SystemExit as request:
-        code = request.code or 0
     except UserError as error:
         code, message = 2, f"error: {error}"
-        if os.environ.get("RANK", "0") != "0":  # most often all ranks find the same: rank 0 says it, and torchrun ends the others
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once, where Run would wait for the end of a step
-            time.sleep(5)
     except torch.OutOfMemoryError as error:
-        code, message = 1, f"error: out of GPU memory ({str(error).split('. ')[0]}). Try, in this order: {out_of_memory}"
-    except OSError as error:  # a full disk, a read-only folder: the checkpoint before is untouched
+        reason = str(error).split(". ")[0]
+        code, message = 1, f"error: out of GPU memory ({reason}). Try, in order: {out_of_memory}"
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk, a read-only folder
         code, message = 1, f"error: {error}"
-    except KeyboardInterrupt:  # before the run has begun: there is nothing to save
+    except KeyboardInterrupt:
         code = 130
-    except Exception:
-        if world_size() == 1:
-            raise
-        code, message = 1, traceback.format_exc()
     if message:
-        tqdm.write(message, file=sys.stderr)  # on a line of its own, whatever the progress bar does
-    if code and world_size() > 1:  # the other ranks may wait for this one in a collective, and so would an orderly end: torchrun stops them
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+        tqdm.write(message, file=sys.stderr)
+    if code and RANKS > 1:
+        os._exit(code)  # the other ranks may wait for this one: torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------- 2. Rows
+# ----------------------------------------------------------------------------------- 2. Rows
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def parse_json(raw: bytes, where: str):
+def suffix_of(path: Path) -> str:
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def read_file(path: Path):
+    """Yield every row; a line that cannot be read is a ValueError instead."""
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        kind, is_list = suffix_of(path), file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"["
+        file.seek(0)
+        if kind == ".parquet":
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+                yield from map(drop_nulls, batch.to_pylist())
+        elif kind == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            yield from csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        elif kind == ".json" and is_list:
+            yield from json.load(file)
+        else:
+            for line in file:
+                try:
+                    yield json.loads(line) if line.strip() else None  # finds a byte-order mark
+                except ValueError as error:
+                    yield ValueError(f"{error}: give a JSON list, or one object per line")
+
+
+def drop_nulls(value):
+    """Without nulls: in a table every row has every field, so a null means a missing one."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def load_from_hub(name: str) -> datasets.Dataset:
+    hub, *rest = name.split("@")  # NAME, NAME@SPLIT or NAME@CONFIG@SPLIT
+    config = rest[0] if len(rest) == 2 else None
     try:
-        return json.loads(raw.decode("utf-8"))
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply")
-    except ValueError as error:  # not UTF-8, not JSON, or integers of thousands of digits
-        utf8 = isinstance(error, UnicodeDecodeError)
-        line = 1 + raw.count(b"\n", 0, error.start) if utf8 else getattr(error, "lineno", 1)
-        raise UserError(f"{where if line == 1 else f'{where}:{line}'}: {'not UTF-8: save it as UTF-8' if utf8 else f'not valid JSON: {error}'}")
+        return datasets.load_dataset(hub, config, split=rest[-1] if rest else "train")
+    except Exception as error:  # no network, no such name, no such split
+        first = str(error).splitlines()[0]
+        problem = f"no such file, and not loaded from the Hub: {first}"
+        raise UserError(f"--data {name}: {problem}") from error
 
 
-def read_jsonl(path: Path):
-    with open(path, "rb") as file:
-        for n, raw in enumerate(file, 1):
-            if raw := raw.removeprefix(BYTE_ORDER_MARK if n == 1 else b"").strip():
-                yield parse_json(raw, f"{path}:{n}"), f"{path}:{n}"
-
-
-def read_json(path: Path):
-    """A JSON list, each element with the line it begins on. Many .json files hold one object per line: read as .jsonl."""
-    raw = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
-    if not raw.lstrip().startswith(b"["):
-        yield from read_jsonl(path)
-        return
-    rows, text = parse_json(raw, str(path)), raw.decode("utf-8")
-    position, line = raw.index(b"["), 1 + raw[: raw.index(b"[")].count(b"\n")
-    for row in rows:  # the text is valid JSON by now: only find where each element begins
-        start = re.compile(r"\s*[\[,]\s*").match(text, position).end()
-        line += text.count("\n", position, start)
-        yield row, f"{path}:{line}"
-        position = json.JSONDecoder().raw_decode(text, start)[1]
-        line += text.count("\n", start, position)
-
-
-def read_csv(path: Path):
-    def lines(file):  # decoded one by one, so that an error knows its line
-        for n, raw in enumerate(file, 1):
-            try:
-                yield raw.removeprefix(BYTE_ORDER_MARK if n == 1 else b"").decode("utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"{path}:{n}: not UTF-8: save the file as UTF-8")
-
-    csv.field_size_limit(2**31 - 1)
-    with open(path, "rb") as file:
-        reader = csv.DictReader(lines(file), strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{path}:{reader.line_num}: {'more' if None in row else 'fewer'} fields than the header")
-                yield row, f"{path}:{reader.line_num}"
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.reader.line_num}: {error}")
-
-
-def from_table(table, where: str):
-    """Rows of a columnar table. Columns know no missing fields, only nulls, so a null counts as missing."""
-
-    def drop_nulls(value):
-        if isinstance(value, dict):
-            return {key: drop_nulls(item) for key, item in value.items() if item is not None}
-        return [drop_nulls(item) for item in value] if isinstance(value, list) else value
-
-    return ((drop_nulls(row), f"{where}: row {n}") for n, row in enumerate(table, 1))
-
-
-def read_parquet(path: Path):
-    """Through pyarrow itself: `datasets` would act on what the file says of its columns, and open the paths in them."""
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from from_table((row for batch in file.iter_batches() for row in batch.to_pylist()), str(path))
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow raises a dozen kinds for a broken file
-        raise UserError(f"{path}: cannot be read as parquet: {(str(error) or repr(error)).splitlines()[0]}")
-
-
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
-
-
-def open_source(name: str):
-    """A path or a Hub name -> (hash of its content, a function that yields (row, where it stands))."""
+def find_files(name: str) -> list[Path]:
+    """The files of a path; none if it is the name of a Hub data set."""
     path = Path(name)
-    if not name or not path.exists():
-        if not name or path.suffix in READERS or name.startswith((".", "/", "~")):
-            raise UserError(f"{name or 'an empty name'}: no such file or folder")
-        hub, *rest = name.split("@")  # NAME, NAME@SPLIT or NAME@CONFIG@SPLIT
-        try:
-            table = datasets.load_dataset(hub, rest[0] if len(rest) == 2 else None, split=rest[-1] if rest else "train")
-        except Exception as error:  # no network, no such name, no such split
-            raise UserError(f"{name}: no such file, and no such data set on the Hub: {str(error).splitlines()[0]}")
-        return table._fingerprint, lambda: from_table(table, name)
-    files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file()) if path.is_dir() else [path]
-    if not files or files[0].suffix not in READERS:
-        raise UserError(f"{name}: not a {', '.join(READERS)} file or a folder of them")
-
-    def rows():
-        for row, where in (item for file in files for item in READERS[file.suffix](file)):
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a row is an object with fields, not {type(row).__name__}")
-            yield row, where
-
-    return "".join(file.suffix + file_digest(file) for file in files), rows
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    files = [file for file in files if suffix_of(file) in SUFFIXES]
+    if not files and (path.exists() or suffix_of(path) in SUFFIXES or name[:1] in "./~"):
+        raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file or folder of them")
+    return files
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_source(text: str) -> tuple[str, float]:
-    """PATH[:WEIGHT] -> (path, weight). A path with a colon of its own is taken whole if it exists."""
+    """PATH[:WEIGHT] -> (path, weight)"""
     path, _, weight = text.rpartition(":")
-    if not path or Path(text).exists() or not re.fullmatch(r"[-+.\deE]+|nan|inf", weight):
+    if not path or Path(text).exists() or not re.fullmatch(r"[-+]?\d*\.?\d+|nan|inf", weight):
         return text, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
+    if not 0 < float(weight) < math.inf:
         raise UserError(f"--data {text}: the weight must be a positive number")
-    return path, value
+    return path, float(weight)
 
 
-# What a row means. Types are checked here, once, so that everything after this can trust the row.
+# A row is a dictionary from here on, and what is wrong with it is a ValueError.
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "human": "user", "gpt": "assistant"}
-FORMATS = "text; messages or conversations; prompt and completion (or response); question and answer; instruction, input and output"
-
-
-def wrong(row: dict, key: str, wanted: str) -> str:
-    value = row.get(key)
-    if key in row and value is not None:
-        return f"field {key!r} is {'empty' if value == [] else type(value).__name__}, not {wanted}"
-    return f"field {key!r} is {'null' if key in row else 'missing'}"
-
-
-def field(row: dict, key: str, where: str) -> str:
-    """A string field, or an error that names file, line and field."""
-    if not isinstance(row.get(key), str):
-        raise UserError(f"{where}: {wrong(row, key, 'a string')}")
-    if re.search("[\ud800-\udfff]", row[key]):
-        raise UserError(f"{where}: field {key!r} holds half of a surrogate pair, which is no text")
-    return row[key]
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
+ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
+PROMPTS = ("prompt", "instruction", "question", "query")
+ANSWERS = ("completion", "response", "output", "answer")
+LAYOUTS = f"messages or conversations; one of {PROMPTS} with one of {ANSWERS}; text"
+# Fields that change what a row means: one that is there and is not used is an error.
+MEANINGFUL = """system tools functions history input context documents weight label chosen rejected
+rejected_response responses images image videos audios function_call reasoning""".split()
+SAID = ("content", "reasoning_content", "thinking", "tool_calls")
+EMPTY = (None, "", [], {})
 
 
-def messages(row: dict, key: str, where: str, role: str = "") -> list[dict]:
-    """A list of {"role", "content"}, or ShareGPT's from/value. Where a role is given, a string is one message of it."""
-    if role and isinstance(row.get(key), str):
-        return [{"role": role, "content": field(row, key, where)}]
-    if not isinstance(row.get(key), list) or not row[key]:
-        raise UserError(f"{where}: {wrong(row, key, 'a string or a list of messages' if role else 'a list of messages')}")
-    result = []
-    for n, message in enumerate(row[key], 1):
-        inside = f"{where}: message {n} of {key!r}"
-        if not isinstance(message, dict):
-            raise UserError(f"{inside} is {type(message).__name__}, not an object with role and content")
-        role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
-        if field(message, role_key, inside) not in ROLES:
-            raise UserError(f"{inside}: unknown role {message[role_key]!r} (known: {', '.join(ROLES)})")
-        result.append({"role": ROLES[message[role_key]], "content": field(message, content_key, inside)})
-    return result
+def check_unused(left: dict, fields=MEANINGFUL) -> None:
+    if unused := [key for key in fields if left.get(key) not in EMPTY]:
+        raise ValueError(f"field {unused[0]!r} has a meaning, and is not used here")
 
 
-def parse_row(row: dict, where: str) -> str | list[dict]:
-    """A training row in any of FORMATS -> its raw text, or its messages."""
-    for key in ("messages", "conversations"):
-        if key in row:
-            return messages(row, key, where)
-    for question, *answers in (("prompt", "completion", "response"), ("question", "answer")):
-        if question in row and "chosen" not in row and "responses" not in row:
-            answer = next((key for key in answers if key in row), answers[0])
-            return messages(row, question, where, "user") + messages(row, answer, where, "assistant")
-    if "instruction" in row:
-        user = {"role": "user", "content": field(row, "instruction", where)}
-        if row.get("input") is not None and field(row, "input", where):
-            user |= {"instruction": row["instruction"], "input": row["input"]}  # the Alpaca layout sets them apart
-            user["content"] += "\n\n" + row["input"]
-        return [user, {"role": "assistant", "content": field(row, "output", where)}]
-    if "text" in row:
-        return field(row, "text", where)
-    raise UserError(f"{where}: fields {sorted(map(str, row))} fit none of: {FORMATS}")
+def to_message(message, role: str | None = None) -> dict:
+    """A message for the chat template: role and content as text, other fields as they are."""
+    message = {"role": role, "content": message} if isinstance(message, str) else message
+    if not isinstance(message, dict):
+        raise ValueError(f"a message is an object with role and content, not {str(message):.40}")
+    message = dict(message)
+    if "from" in message:  # ShareGPT
+        message |= {"role": message.pop("from"), "content": message.pop("value", None)}
+    if str(message.get("role")).lower() not in ROLES:
+        raise ValueError(f"unknown role {message.get('role')!r} (known: {', '.join(ROLES)})")
+    message["role"] = ROLES[message["role"].lower()]
+    if message.get("tool_calls") not in EMPTY:
+        message["tool_calls"] = [parse_arguments(call) for call in message["tool_calls"]]
+        message["content"] = message.get("content") or ""
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and "text" in p for p in content):
+        content = message["content"] = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"content of a {message['role']} message is {str(content):.40}, not text")
+    check_unused({key: value for key, value in message.items() if key != "weight"})
+    return message
 
 
-def parse_preference(row: dict, where: str) -> tuple[list[dict], list[dict], float]:
-    """A preference or ranking row -> (prompt, answers from best to worst, margin). Without a prompt, it is the leading
-    turns that chosen and rejected have in common."""
-    if "responses" in row:
-        if not isinstance(row["responses"], list) or len(row["responses"]) < 2:
-            raise UserError(f"{where}: {wrong(row, 'responses', 'a list of two or more answers, best first')}")
-        ranked = dict(enumerate(row["responses"]))
-        answers = [messages(ranked, n, where, "assistant") for n in ranked]
+def parse_arguments(call: dict) -> dict:
+    """Arguments of a tool call as an object: templates would quote a JSON string twice."""
+    function = dict(call.get("function") or call)
+    if isinstance(function.get("arguments"), str):
+        function["arguments"] = json.loads(function["arguments"])
+    return call | {"function": function} if "function" in call else function
+
+
+def to_messages(value, role: str, field: str) -> list[dict]:
+    """A field of a row -> messages. A string is one message of the role."""
+    if not isinstance(value, (str, dict, list)) or value == []:
+        raise ValueError(f"field {field!r} is {str(value):.40}, not text or a list of messages")
+    return [to_message(item, role) for item in (value if isinstance(value, list) else [value])]
+
+
+def parse_row(row) -> tuple[str | list[dict], list | None]:
+    """A training row of any of LAYOUTS -> (raw text or messages, tools)."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict) or None in row:
+        raise ValueError(f"a row is an object with a value for every field, not {str(row):.40}")
+    left = dict(row)  # fields are taken out as they are used
+    if {"chosen", "rejected"} <= left.keys():
+        raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
+    key = next((key for key in ("messages", "conversations") if key in left), None)
+    prompt = next((key for key in PROMPTS if key in left), None)
+    answer = next((key for key in ANSWERS if key in left), None)
+    if not key and not (prompt and answer):
+        if "text" not in left:
+            raise ValueError(f"fields {sorted(left)} fit none of: {LAYOUTS}")
+        (text,) = to_messages(left.pop("text"), "user", "text")
+        check_unused(left)
+        return text["content"], None
+    if key:
+        if isinstance(left[key], str):
+            raise ValueError(f"field {key!r} is text, not a list of messages")
+        turns = to_messages(left.pop(key), "user", key)
     else:
-        answers = [messages(row, key, where, "assistant") for key in ("chosen", "rejected")]
-    if "prompt" in row:
-        prompt = messages(row, "prompt", where, "user")
-    else:
-        shared = next((n for n, pair in enumerate(zip(*answers)) if pair[0] != pair[1]), min(map(len, answers)))
-        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
-    if not prompt or any([m["role"] for m in answer] != ["assistant"] for answer in answers):
-        raise UserError(f"{where}: chosen and rejected must each be one assistant answer to the same prompt")
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) <= sys.float_info.max):
-        raise UserError(f"{where}: {wrong(row, 'margin', 'a finite number')}")
-    return prompt, [answer[0] for answer in answers], float(margin or 0.0)
+        turns = to_messages(left.pop(prompt), "user", prompt)
+        extra = next((key for key in ("input", "context") if left.get(key) not in EMPTY), None)
+        if extra:  # Alpaca's input, Dolly's context
+            if not isinstance(left[extra], str):
+                raise ValueError(f"field {extra!r} is {left[extra]!s:.40}, not text")
+            turns[-1]["content"] += "\n\n" + left.pop(extra)
+        turns += to_messages(left.pop(answer), "assistant", answer)
+        for pair in reversed(left.pop("history", None) or []):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError("field 'history' is not a list of [question, answer]")
+            turns = [to_message(pair[0], "user"), to_message(pair[1], "assistant"), *turns]
+    tools = left.pop("tools", None) or None
+    if left.get("system") not in EMPTY and turns[0]["role"] != "system":
+        turns = [to_message(left.pop("system"), "system"), *turns]
+    check_unused(left, (*MEANINGFUL, *SAID) if key else (*MEANINGFUL, *SAID, *PROMPTS, *ANSWERS))
+    return turns, json.loads(tools) if isinstance(tools, str) else tools
 
 
-def parse_prompt(row: dict, where: str) -> tuple[list[dict], list[dict]]:
-    """Any row with a prompt -> (messages that end with the user's, [the answer it comes with] or [])."""
-    if "chosen" in row or "responses" in row:
-        prompt, answers, _ = parse_preference(row, where)
-        return prompt, answers[:1]
-    if "prompt" in row and not {"completion", "response"} & row.keys():
-        conversation = messages(row, "prompt", where, "user")
-    else:
-        conversation = parse_row(row, where)
-        if isinstance(conversation, str):
-            raise UserError(f"{where}: raw text has no prompt to answer")
-    answers = [conversation.pop()] if conversation[-1]["role"] == "assistant" else []
-    if not conversation or conversation[-1]["role"] != "user":
-        last = f", this one with the {conversation[-1]['role']}'s" if conversation else ""
-        raise UserError(f"{where}: a prompt ends with the user's turn{last}")
-    return conversation, answers
-
-
-# -------------------------------------------------------------------------------------------- 3. Tokens and targets
-
-CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
-{{ m['content'] }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+# --------------------------------------------------------------------------------- 3. Tokens
 
 ALPACA = """{% for m in messages %}{% if m['role'] == 'assistant' %}### Response:
 {{ m['content'] }}{{ eos_token }}
 
 {% elif m['role'] == 'user' %}### Instruction:
-{% if m['input'] is defined %}{{ m['instruction'] }}
-
-### Input:
-{{ m['input'] }}{% else %}{{ m['content'] }}{% endif %}
-
+{{ m['content'] }}
 
 {% else %}{{ m['content'] }}
 
 {% endif %}{% endfor %}{% if add_generation_prompt %}### Response:
 {% endif %}"""
+JOINED = """{% for m in messages %}{{ m['content'] }}
+{%- if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"""
 
 
-def render(tokenizer, conversation: list[dict], prompt: bool = False) -> list[int]:
-    """Token ids of a conversation. The template writes its own special tokens: none are added a second time."""
-    return tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, return_dict=False)
+def load_tokenizer(args):
+    """The tokenizer of --model, with a chat template and a pad token."""
+    tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
+    named = {"alpaca": ALPACA, "none": JOINED, None: tokenizer.chat_template}
+    template = (
+        named[args.template] if args.template in named else Path(args.template).read_text("utf-8")
+    )
+    if not template:
+        say("the tokenizer has no chat template: using and saving the Alpaca layout (--template)")
+    tokenizer.chat_template = template or ALPACA
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no eos token to stop at")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks go by position: eos stays a target
+        say(f"the tokenizer has no pad token: using eos, {tokenizer.eos_token!r}")
+    return tokenizer
 
 
-def answer_span(tokenizer, conversation: list[dict]) -> tuple[list[int], int, int]:
-    """(ids, start, end) of a conversation that ends with an answer: its targets are ids[start:end], from behind the
-    generation prompt to the end-of-turn token, without the line break that some templates put after that."""
-    prompt, ids = render(tokenizer, conversation[:-1], prompt=True), render(tokenizer, conversation)
-    start, end = len(os.path.commonprefix([prompt, ids])), len(ids)  # it takes lists as well
-    # A generation prompt that opens a thinking block is no prefix of an answer without one: the targets begin where the
-    # two part, but never before the turn's own header.
-    if start < len(prompt) and start <= len(render(tokenizer, conversation[:-1])):
-        raise UserError("it renders a prompt differently once the answer is there; use another --template")
-    special = set(tokenizer.all_special_ids)
-    last = max((i for i in range(start, end) if ids[i] in special), default=end - 1)
-    return ids, start, end if tokenizer.decode(ids[last + 1 :]).strip() else last + 1
+@functools.cache
+def special_tokens(tokenizer) -> list[str]:
+    """Also those that only the vocabulary marks as special."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*tokenizer.all_special_tokens, *added})
 
 
-def encode_conversation(tokenizer, conversation: list[dict], joined: bool = False) -> list[tuple[list[int], list[bool]]]:
-    """Messages -> documents of (ids, is_target): one document, or one per answer if the template rewrites earlier turns.
-
-    Targets are the assistant's tokens and its end-of-turn token, found by position and never by token id, since pad and
-    eos are often one id. joined (--template none): the strings as they are, each answer followed by eos.
-    """
-    if joined:
-        ids, marks = [], []
-        for message in conversation:
-            answer = message["role"] == "assistant"
-            piece = tokenizer(message["content"], add_special_tokens=not ids).input_ids + [tokenizer.eos_token_id] * answer
-            ids, marks = ids + piece, marks + [answer] * len(piece)
-        return [(ids, marks)]
-    if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()) and tokenizer.is_fast:  # the template marks its targets
-        out = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-        ids, marks = out["input_ids"], [bool(mark) for mark in out["assistant_masks"]]
-        start = 0  # of the present run of targets
-        for i in range(1, len(ids)):
-            start = i if marks[i] and not marks[i - 1] else start
-            if marks[i - 1] and not marks[i] and ids[i - 1] != tokenizer.eos_token_id:
-                # A block that closes just before eos would never teach the model to stop; and of a last character that is
-                # several tokens, transformers marks only the first.
-                marks[i] = ids[i] == tokenizer.eos_token_id or tokenizer.decode(ids[start:i]).endswith("\ufffd")
-        return [(ids, marks)]
-    answers = [i for i, message in enumerate(conversation) if i > 0 and message["role"] == "assistant"]
-    spans = [answer_span(tokenizer, conversation[: i + 1]) for i in answers]
-    if all(ids[:end] == spans[-1][0][:end] for ids, _, end in spans):
-        full = spans[-1][0] if spans else []
-        return [(full, [any(start <= i < end for _, start, end in spans) for i in range(len(full))])]
-    return [(ids, [start <= i < end for i in range(len(ids))]) for ids, start, end in spans]
+def end_of_turn(tokenizer, text: str, start: int) -> int:
+    """Where the answer that begins at start and fills the rest of text ends: after the first
+    special token of the trailing run of special tokens and white space. Templates may write a
+    line break or another eos behind it. Without a special token: the end of text."""
+    end, rest, special = len(text), text.rstrip(), special_tokens(tokenizer)
+    while last := next((s for s in special if rest.endswith(s) and len(rest) > start), None):
+        end, rest = len(rest), rest.removesuffix(last).rstrip()
+    return end
 
 
-def encode_answers(tokenizer, prompt: list[dict], answers: list[dict], joined: bool = False) -> list[tuple[list[int], list[bool]]]:
-    """A prompt and several answers to it -> a document of (ids, is_target) each, all beginning with the same prompt tokens."""
-    if joined:
-        shared, _ = encode_conversation(tokenizer, prompt, joined=True)[0]
-        tails = [tokenizer(answer["content"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for answer in answers]
-        return [(shared + tail, [False] * len(shared) + [True] * len(tail)) for tail in tails]
-    spans = [answer_span(tokenizer, [*prompt, answer]) for answer in answers]
-    start = min(start for _, start, _ in spans)
-    return [(ids, [start <= i < end for i in range(len(ids))]) for ids, _, end in spans]
+def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> list[tuple]:
+    """A conversation -> [(text, character spans of targets)]. Targets are the messages at the
+    positions `answers`. If the template writes earlier turns differently once later ones follow
+    (Qwen3 drops their thinking), each answer has a text of its own."""
+    template = tokenizer.get_chat_template(tools=tools)
+    if re.search(r"\{%-?\s*generation\b", template):  # the template marks its targets
+        options = tokenizer.special_tokens_map | {"return_assistant_tokens_mask": True}
+        (text,), (spans,) = render_jinja_template([turns], tools, chat_template=template, **options)
+        writers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        spans = [span for i, span in zip(writers, spans) if i in answers]
+        for n, (start, end) in enumerate(spans):  # a block may close before the end of turn
+            special = special_tokens(tokenizer)
+            stop = next((s for s in special if text.startswith(s, end)), "")
+            if not text[start:end].rstrip().endswith(tuple(special)):
+                spans[n] = (start, end + len(stop))
+        return [
+            (text, [(start, end_of_turn(tokenizer, text[:end], start)) for start, end in spans])
+        ]
+    render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
+    texts, spans = [], []
+    for i in answers:
+        prompt, text = render(turns[:i], add_generation_prompt=True), render(turns[: i + 1])
+        start = len(prompt)
+        if not text.startswith(prompt):  # the generation prompt may open a thinking block
+            start = len(os.path.commonprefix([prompt, text]))
+            if not text.startswith(render(turns[:i])):
+                raise ValueError("the chat template changes the prompt once its answer follows")
+        said = turns[i]["content"].strip()  # it may end with special tokens of its own
+        least = start + len(said) + text[start:].find(said) if said in text[start:] else start
+        spans.append((start, end_of_turn(tokenizer, text, least)))
+        texts.append(text[: spans[-1][1]])
+    if all(texts[-1].startswith(text) for text in texts):
+        return [(texts[-1], spans)]
+    if len(texts) > 64:  # each of them repeats all turns before it
+        raise ValueError("the chat template rewrites earlier turns: at most 64 answers a row")
+    return [(text, [span]) for text, span in zip(texts, spans)]
 
 
-def with_system(conversation: list[dict], args) -> list[dict]:
-    """--system in front, where a conversation has no system turn of its own."""
-    missing = args.system is not None and conversation and conversation[0]["role"] != "system"
-    return [{"role": "system", "content": args.system}] * bool(missing) + conversation
+def tokenize(tokenizer, text: str, spans: list[tuple], **options) -> tuple[list, np.ndarray]:
+    """-> (ids, is_target). Targets are found by position, never by token id: pad, eos and the
+    end of turn are often one id."""
+    out = tokenizer(text, return_offsets_mapping=True, **options)
+    starts, ends = np.array(out["offset_mapping"]).T
+    is_target = np.zeros(len(starts), dtype=bool)
+    for start, end in spans:
+        is_target |= (starts < end) & (ends > start)
+    return out["input_ids"], is_target
 
 
-def encode_text(tokenizer, text: str, max_length: int) -> list[tuple[list[int], list[bool]]]:
-    """Raw text: every token is a target; a long text becomes consecutive documents."""
-    ids = tokenizer(text).input_ids
-    ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
-    pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    return [(piece, [True] * len(piece)) for piece in pieces]
+def plain(text) -> str:
+    """For comparing texts that a template or a tokenizer may have normalised."""
+    return re.sub(r"\s", "", unicodedata.normalize("NFC", str(text)))
 
 
-def encode_prompt(tokenizer, conversation: list[dict], joined: bool) -> list[tuple[list[int], list[bool]]]:
-    """One document without targets, up to where an answer begins."""
-    ids = encode_conversation(tokenizer, conversation, joined)[0][0] if joined else render(tokenizer, conversation, prompt=True)
-    return [(ids, [False] * len(ids))]
+def check_answers(tokenizer, encoded: list, turns: list[dict], answers: list[int], tools) -> None:
+    """What the answers say must be in the targets; system and user turns and tools, in the text."""
+    targets = plain("".join(tokenizer.decode(np.array(ids)[marks]) for ids, marks in encoded))
+    text = plain("".join(tokenizer.decode(ids) for ids, _ in encoded))
+    for i, turn in enumerate(turns):
+        said = [(key, turn.get(key)) for key in SAID[:3] if turn.get(key) not in EMPTY]
+        for call in turn.get("tool_calls") or []:
+            said.append(("tool_calls", (call.get("function") or call)["name"]))
+        for key, value in said if i in answers or turn["role"] in ("system", "user") else ():
+            # a generation prompt may open the thinking block
+            if plain(value).removeprefix("<think>") not in (targets if i in answers else text):
+                raise ValueError(f"the chat template does not write {key} {value!r:.40}")
+    for tool in tools or []:
+        if plain((tool.get("function") or tool).get("name")) not in text:
+            raise ValueError("field 'tools' has a meaning, and the chat template does not write it")
 
 
-KEPT, CUT, NO_TARGET, EMPTY = range(4)  # what became of a document
+def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
+    """-> documents as (ids, is_target); none where no answer is a target, or one is empty."""
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
+    if any(turns[i].get("weight") not in (None, 0, 1) for i in answers):
+        raise ValueError("the weight of a message is 0 (context) or 1 (target)")
+    answers = [i for i in answers if turns[i].get("weight") != 0]
+    empty = [i for i in answers if not any(plain(turns[i].get(key) or "") for key in SAID)]
+    if not answers or empty:
+        return []
+    # what follows the last answer teaches nothing; only joined strings have no tokens around them
+    turns = turns[: answers[-1] + 1]
+    texts = render_answers(tokenizer, turns, tools, answers)
+    joined = tokenizer.chat_template == JOINED
+    encoded = [tokenize(tokenizer, *text, add_special_tokens=joined) for text in texts]
+    check_answers(tokenizer, encoded, turns, answers, tools)
+    return encoded
 
 
-def encode_row(row, where: str, tokenizer, args, vocab_size: int, kind: str = "conversations") -> list[dict]:
-    """One row -> its documents, as records of the token table. A row that gives none leaves a record that says why.
+EXAMPLE = {
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "is_target": datasets.List(datasets.Value("bool")),
+    "prompt": datasets.Value("int64"),  # a hash: examples with the same prompt share it
+    "digest": datasets.Value("int64"),  # of ids and targets
+    "note": datasets.Value("string"),  # "" or "cut"; else why there are no tokens
+}
 
-    kind "preferences": the answers to a prompt, best first, are consecutive documents, all kept or all dropped; their number
-    stands in `answers` of the first and is 0 in the others. Elsewhere every document stands alone, and `answers` is 1.
-    kind "prompts": a document is a prompt, up to where an answer begins. `conversation` has it as text (JSON), with the answer it
-    comes with, if any, for programs that read text and for models with another template.
-    """
-    columns, joined = {"margin": 0.0, "answers": 1}, args.template == "none"
-    if kind == "preferences":
-        prompt, answers, columns["margin"] = parse_preference(row, where)
-    elif kind == "prompts":
-        prompt, answers = parse_prompt(row, where)
-        columns["conversation"] = json.dumps(with_system(prompt, args) + answers)
-    elif isinstance(turns := parse_row(row, where), str):
-        prompt, answers = turns, [{"content": turns}]
+
+def make_example(ids=(), is_target=(), note: str = "", prompt: str = "") -> dict:
+    ids, marks = list(ids), list(map(bool, is_target))
+    numbers = [hashlib.sha256(s.encode()).digest()[:8] for s in (prompt, json.dumps([ids, marks]))]
+    prompt, digest = (int.from_bytes(number, signed=True) for number in numbers)
+    return dict(zip(EXAMPLE, (ids, marks, prompt, digest, note)))
+
+
+def encode_row(row, tokenizer, settings: dict) -> list[dict]:
+    """The examples of a row, or one without tokens whose note says why."""
+    turns, tools = parse_row(row)
+    max_length, system, eos = settings["max_length"], settings["system"], tokenizer.eos_token_id
+    if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
+        ids = tokenizer(turns).input_ids if turns.strip() else [eos]
+        ids = ids if ids[-1] == eos else [*ids, eos]
+        pieces = [ids[first : first + max_length] for first in range(0, len(ids), max_length)]
+        encoded, prompt = [(piece, np.ones(len(piece), dtype=bool)) for piece in pieces], turns
     else:
-        while turns and turns[-1]["role"] != "assistant":  # what follows the last answer would teach nothing
-            turns.pop()
-        prompt = turns[: next((i for i, m in enumerate(turns) if i and m["role"] == "assistant"), None)]
-        answers = [m for m in turns if m["role"] == "assistant"]
-    empty = any(not answer["content"].strip() for answer in answers)
+        if system is not None and turns[0]["role"] != "system":
+            turns = [to_message(system, "system"), *turns]
+        roles = [turn["role"] for turn in turns[1:]] + ["assistant"]
+        prompt = json.dumps([turn["content"] for turn in turns[: roles.index("assistant") + 1]])
+        encoded = encode_conversation(tokenizer, turns, tools)
+    examples = []
+    for ids, marks in encoded:
+        if max(ids) >= settings["vocab_size"]:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(f"token {token!r} is beyond the model's {settings['vocab_size']} rows")
+        note = "cut" if len(ids) > max_length else ""
+        marks = (marks | (settings["loss_on"] == "all"))[:max_length]
+        marks[0] = False  # nothing predicts a first token
+        if marks.any():
+            examples.append(make_example(ids[:max_length], marks, note, prompt))
+    return examples or [make_example(note="no target", prompt=prompt)]
+
+
+def load_examples(name: str, tokenizer, settings: dict, skip_bad_rows: bool) -> datasets.Dataset:
+    """Read and tokenise a source. Its tokens stay in the cache of `datasets`, under a key of the
+    files' content, the tokenizer and the settings."""
+    files = find_files(name)
+    hub = None if files else load_from_hub(name)
+    state = [[str(file), file_digest(file)] for file in files] or [hub._fingerprint]
+    state += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, settings]
+    state += [str(tokenizer.special_tokens_map), file_digest(__file__)]
+    large = sum(file.stat().st_size for file in files) > 10**7
+
+    def generate(parts=range(8)):  # each process takes its part of every 8 rows
+        sources = [(file, read_file(file)) for file in files] or [(name, map(drop_nulls, hub))]
+        for source, rows in sources:
+            for n, row in enumerate(rows, 1):
+                if n % 8 not in parts or row is None:
+                    continue
+                try:
+                    yield from encode_row(row, tokenizer, settings)
+                except Exception as error:  # what can be wrong with a row is open-ended
+                    place = (
+                        f"{source}:{n}" if str(source).endswith("jsonl") else f"{source}: row {n}"
+                    )
+                    yield make_example(note=f"{place}: {str(error or repr(error)).splitlines()[0]}")
+
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    options = {"features": datasets.Features(EXAMPLE), "fingerprint": key}
+    if large:
+        options |= {"gen_kwargs": {"parts": [*range(8)]}, "num_proc": min(8, os.cpu_count() or 1)}
     try:
-        if empty or not prompt:
-            documents = []
-        elif isinstance(prompt, str):
-            documents = encode_text(tokenizer, prompt, args.max_length)
-        elif kind == "preferences":
-            documents = encode_answers(tokenizer, with_system(prompt, args), answers, joined)
-        elif kind == "prompts":
-            documents = encode_prompt(tokenizer, with_system(prompt, args), joined)
-        else:
-            documents = encode_conversation(tokenizer, with_system(turns, args), joined)
-    except Exception as error:  # a template is a program: whatever it divides by zero or looks up in vain is the row's error
-        raise UserError(f"{where}: the chat template refuses this conversation: {error}")
-    if getattr(args, "loss_on", "answers") == "all":
-        documents = [(ids, [True] * len(ids)) for ids, _ in documents]
-    # rows with the same prompt share a number, so that the held-out split can keep them together
-    key = prompt if isinstance(prompt, str) else json.dumps([(m["role"], m["content"]) for m in prompt])
-    columns["prompt"] = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], signed=True)
-
-    records = []
-    for ids, marks in documents or [([], [])]:
-        if ids and max(ids) >= vocab_size:
-            raise UserError(f"{where}: token {max(ids)} is beyond the model's {vocab_size} embeddings: tokenizer and model do not fit")
-        if kind == "prompts":  # never cut
-            status = EMPTY if empty else KEPT if len(ids) <= args.max_length else NO_TARGET
-        else:
-            status = CUT if len(ids) > args.max_length else KEPT
-            ids, marks = ids[: args.max_length], [False, *marks[1 : args.max_length]]  # nothing predicts a first token
-            if not any(marks):
-                ids, marks, status = [], [], EMPTY if empty else NO_TARGET
-        records.append(columns | {"input_ids": ids, "is_target": marks, "length": len(ids), "targets": sum(marks), "status": status})
-    if kind == "preferences":
-        for n, record in enumerate(records):
-            record["answers"] = 0 if n else len(records)
-        records = next(([record] for record in records if record["status"] > CUT), records)
-    return records
+        table = datasets.Dataset.from_generator(generate, **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        problem = f"no rows, or they cannot be read: {error.__cause__ or error}"
+        raise UserError(f"--data {name}: {problem}") from error
+    notes = table["note"][:]
+    bad = [note for note in notes if note not in ("", "cut", "no target")]
+    if bad and not skip_bad_rows or not notes:
+        few = f"{len(bad)} rows of {name} cannot be used (--skip-bad-rows drops them)"
+        raise UserError("\n".join([few, *bad[:5]] if len(bad) > 1 else bad or [f"{name}: no rows"]))
+    kept = table.select([n for n, note in enumerate(notes) if note in ("", "cut")])
+    cut, lost = notes.count("cut"), notes.count("no target")
+    say(f"{name}: {len(kept):,} examples, {cut:,} of them cut at --max-length; dropped: {lost:,} "
+        f"without a target or an answer, {len(bad):,} bad rows")  # fmt: skip
+    return kept
 
 
-# ------------------------------------------------------------------------------------------------------- 4. Batches
+def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """-> (training examples, held-out examples or None), columns as EXAMPLE and `source`."""
+    config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or 10**9
+    if args.max_length and args.max_length > longest:
+        raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
+    settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
+    settings |= {"template": args.template, "loss_on": getattr(args, "loss_on", "answers")}
+    settings["vocab_size"] = config.vocab_size
+    share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
+    names = [parse_source(text)[0] for text in args.data]
+    names += args.eval_data if share is None else []
+    if RANK > 0:
+        dist.barrier()  # rank 0 tokenises, the others read its cache
+    tables = [load_examples(name, tokenizer, settings, args.skip_bad_rows) for name in names]
+    if RANK == 0 and RANKS > 1:
+        dist.barrier()
+    source = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    table = datasets.concatenate_datasets(tables).add_column("source", source)
+    held_out = source >= len(args.data)
+    if share:  # whole prompts, until the share is reached
+        prompts, counts = np.unique(table["prompt"][:], return_counts=True)
+        shuffled = np.random.default_rng([args.seed, 7]).permutation(len(prompts))
+        enough = np.searchsorted(counts[shuffled].cumsum(), share * len(table)) + 1
+        held_out = np.isin(table["prompt"][:], prompts[shuffled[: min(enough, len(prompts) - 1)]])
+    if held_out.all():
+        raise UserError(f"--data {' '.join(args.data)}: no example with a target to train on")
+    if not held_out.any() and args.patience:
+        raise UserError("--patience needs held-out rows: give --eval-data")
+    table = table.with_format("numpy")
+    eval_set = table.select(np.flatnonzero(held_out)) if held_out.any() else None
+    return table.select(np.flatnonzero(~held_out)), eval_set
 
 
-def tokenize_source(name: str, tokenizer, args, vocab_size: int, kind: str = "conversations") -> tuple[datasets.Dataset, str]:
-    """Tokenise a source into a memory-mapped table in the Hugging Face cache -> (table, digest of content, tokenizer and
-    settings). The cache's key holds that digest and this file's code: what has changed is never served from the cache."""
-    content, rows = open_source(name)
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    settings = [content, backend, tokenizer.chat_template, tokenizer.special_tokens_map, args.max_length, args.system, args.template, vocab_size]
-    settings += [kind, getattr(args, "loss_on", "answers")]
-    digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
-    key = hashlib.sha256(digest.encode() + Path(__file__).read_bytes()).hexdigest()[:32]
-
-    def records():
-        row = None
-        for row, where in rows():
-            yield from encode_row(row, where, tokenizer, args, vocab_size, kind)
-        if row is None:
-            raise UserError(f"{name}: no rows")
-
-    columns = {"input_ids": datasets.List(datasets.Value("int32")), "is_target": datasets.List(datasets.Value("bool"))}
-    columns |= {column: datasets.Value("int64") for column in ("prompt", "length", "targets", "status", "answers")}
-    columns["margin"] = datasets.Value("float64")
-    columns |= {"conversation": datasets.Value("string")} if kind == "prompts" else {}
-    try:
-        return datasets.Dataset.from_generator(records, features=datasets.Features(columns), fingerprint=key), digest
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, (UserError, OSError)) else error
+# -------------------------------------------------------------------------------- 4. Batches
 
 
-class Corpus:
-    """Tokenised documents, and the order in which a run sees them.
+def plan_steps(train_set, args) -> list[list[int]]:
+    """The examples of every optimizer step, as row numbers of train_set.
 
-    table: columns input_ids and is_target, memory-mapped. lengths, targets: tokens and target tokens of each document.
-    sources: (documents, mixing weight) of each source. rows_per_step: batch_size * grad_accum * number of ranks.
-    preferences: the documents of `sources` are best answers, and a row is a prompt with all its answers.
+    A function of data, seed and --batch-size alone, not of GPUs or memory. Steps run across the
+    ends of epochs; only the last one may be short.
+    """
+    weights, sources = [parse_source(text)[1] for text in args.data], train_set["source"][:]
+    members = [np.flatnonzero(np.asarray(sources) == n) for n in range(len(weights))]
+    epoch_size = sum(weight * len(rows) for weight, rows in zip(weights, members))
+    if epoch_size < 1:
+        raise UserError("--data: with these weights, an epoch has less than one example")
+    wanted = round(args.epochs * epoch_size)
+    wanted = wanted if args.max_steps is None else args.max_steps * args.batch_size
+    order, epoch = [], 0
+    while len(order) < wanted:
+        chosen = []
+        for n, (weight, rows) in enumerate(zip(weights, members)):
+            # weight 2.5: all rows twice and half of them again; the next epoch, the other half
+            shuffled = np.random.default_rng([args.seed, n]).permutation(rows)
+            first, last = (round((epoch + i) * weight * len(rows)) for i in (0, 1))
+            chosen.append(shuffled[np.arange(first, last) % max(1, len(rows))])
+        generator = np.random.default_rng([args.seed, len(weights), epoch])
+        order += generator.permutation(np.concatenate(chosen)).tolist()
+        epoch += 1
+    return [order[i : min(i + args.batch_size, wanted)] for i in range(0, wanted, args.batch_size)]
+
+
+def count_targets(examples: dict) -> int:
+    """Target tokens of a step on all ranks: the denominator of its mean loss."""
+    return int(sum(np.sum(marks) for marks in examples["is_target"]))
+
+
+def plan_passes(lengths: list[int], args) -> list[list[int]]:
+    """Examples of these lengths -> the examples of every forward pass, a multiple of the ranks.
+
+    Packed: longest first, each to the pass with the fewest tokens, in as few passes as hold
+    --micro-batch-tokens each. Padded: neighbours in length. A longer example is alone.
+    """
+    limit = args.micro_batch_tokens
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if args.no_packing:
+        passes = []
+        for i in longest_first:
+            if not passes or lengths[passes[-1][0]] * (len(passes[-1]) + 1) > limit:
+                passes.append([])
+            passes[-1].append(i)
+        return passes + [[] for _ in range(-len(passes) % RANKS)]
+    most = -(-len(lengths) // RANKS) * RANKS  # an example a pass
+    least = min(most, math.ceil(sum(lengths) / (limit * RANKS)) * RANKS)
+    for count in range(least, most + 1, RANKS):
+        heap = [(0, n) for n in range(count)]  # (tokens, pass)
+        passes = [[] for _ in range(count)]
+        for i in longest_first:
+            tokens, n = heapq.heappop(heap)
+            passes[n].append(i)
+            heapq.heappush(heap, (tokens + lengths[i], n))
+        if count == most or all(tokens <= limit or len(passes[n]) == 1 for tokens, n in heap):
+            return [sorted(members) for members in passes]
+
+
+def micro_batches(examples: dict, args, device) -> list[dict]:
+    """Columns of examples -> this rank's forward passes, each what `target_logps` takes. All
+    ranks run equally many: where examples run out, a pass without targets."""
+    lengths = list(map(len, examples["input_ids"]))
+    batches = []
+    for members in plan_passes(lengths, args)[RANK::RANKS]:
+        chosen = members or [int(np.argmin(lengths))]
+        chosen = [{name: column[i] for name, column in examples.items()} for i in chosen]
+        batch = collate(chosen, args.no_packing, device)
+        if not members:
+            batch |= {name: batch[name][:0] for name in ("targets", "target_index")}
+        batches.append(batch)
+    return batches
+
+
+class Stretches(NamedTuple):
+    """The stretches of a packed sequence: consecutive tokens that see each other causally, and
+    besides them a whole earlier stretch or none. A document reads none, an answer its prompt."""
+
+    lengths: list[int]
+    reads: list[int | None]  # the earlier stretch that each one reads
+    query_ends: torch.Tensor  # (S + 1,) int32: 0 and the cumulative lengths
+    key_ends: torch.Tensor  # (S + 1,) int32: the same, of each stretch with what it reads
+    key_index: torch.Tensor | None  # (K,) the keys of each stretch; None if none reads another
+    longest: tuple[int, int]  # queries and keys of one stretch
+
+
+def collate(examples: list[dict], padded: bool, device) -> dict:
+    """Examples -> one forward pass.
+
+    targets (N,): the tokens to predict. target_index (N,): where in the flattened (B * T,) each
+    is predicted, the position before its own; for an answer's first token, its prompt's last.
+    Packed: input_ids, position_ids (1, T) and stretches. An example is one, or with `stretches`,
+    their lengths, a prompt and answers that read it: their positions continue the prompt's.
+    Padded on the right: input_ids, attention_mask (B, T).
     """
 
-    def __init__(self, table, sources: list[tuple[np.ndarray, float]], args, pad_id: int, device=torch.device("cpu"), digests=(), preferences=False):
-        self.table, self.sources, self.args, self.digests = table.with_format("numpy"), sources, args, digests
-        self.pad_id, self.device = pad_id, device
-        self.lengths, self.targets = (table.data.column(name).to_numpy() for name in ("length", "targets"))
-        self.answers = self.margins = None
-        if preferences:
-            self.answers, self.margins = (table.data.column(name).to_numpy() for name in ("answers", "margin"))
-        self.rows_per_step = args.batch_size * args.grad_accum * world_size()
-        self.cached_rows = {}
+    def to_tensor(array):  # on CUDA the host does not wait for the copy
+        tensor = torch.from_numpy(array)
+        tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+        return tensor.to(device, non_blocking=True)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Documents of an epoch, shuffled: a pure function of (seed, epoch), so that a restart finds its place again.
-        Weight 2.5 is every document twice and half of them a third time; the next epoch takes the other half."""
-        chosen = []
-        for n, (documents, weight) in enumerate(self.sources):
-            shuffled, size = np.random.default_rng([self.args.seed, n]).permutation(documents), weight * len(documents)
-            chosen.append(shuffled[np.arange(round(epoch * size), round((epoch + 1) * size)) % len(shuffled)])
-        return np.random.default_rng([self.args.seed, len(self.sources), epoch]).permutation(np.concatenate(chosen))
-
-    def rows(self, epoch: int = 0) -> list[list[int]]:
-        """The rows of an epoch, each a list of documents: whole ones of at most max_length tokens together if packed; of
-        preference data, the answers to one prompt."""
-        if epoch not in self.cached_rows:
-            rows, room = [], 0
-            if self.answers is not None:
-                rows = [list(range(best, best + self.answers[best])) for best in self.order(epoch).tolist()]
-            for document in [] if rows else self.order(epoch).tolist():
-                if not self.args.packing or self.lengths[document] > room:
-                    rows.append([])
-                    room = self.args.max_length
-                rows[-1].append(document)
-                room -= self.lengths[document]
-            self.cached_rows = {epoch: rows}
-        return self.cached_rows[epoch]
-
-    def plan(self) -> list[tuple[int, int]]:
-        """(epoch, first row) of every optimizer step of the run."""
-        steps, epoch = [], 0
-        while len(steps) < self.args.max_steps if self.args.max_steps is not None else epoch < self.args.epochs:
-            steps += [(epoch, first) for first in range(0, len(self.rows(epoch)), self.rows_per_step)]
-            epoch += 1
-        return steps[: self.args.max_steps]
-
-    def planned_rows(self) -> list[list[int]]:
-        """Every row that the run will see, once each, in the order of the first epoch that has it."""
-        rows = [row for epoch, first in self.plan() for row in self.rows(epoch)[first : first + self.rows_per_step]]
-        return list({tuple(row): row for row in rows}.values())
-
-    def steps(self, start: int = 0):
-        """From step `start` on: (epochs done, this rank's micro-batches, tokens of all ranks together, and what the loss is the
-        mean over: target tokens of all ranks, or in preference data prompts)."""
-        for epoch, first in self.plan()[start:]:
-            rows = self.rows(epoch)[first : first + self.rows_per_step]
-            documents = [document for row in rows for document in row]
-            done = epoch + (first + len(rows)) / len(self.rows(epoch))
-            yield done, list(self.deal(rows)), int(self.lengths[documents].sum()), self.count(rows)
-
-    def count(self, rows: list[list[int]]) -> int:
-        """What a loss over these rows is the mean over: target tokens, or in preference data prompts."""
-        return len(rows) if self.answers is not None else int(self.targets[[document for row in rows for document in row]].sum())
-
-    def deal(self, rows: list[list[int]]):
-        """Rows -> this rank's micro-batches. 8x1, 4x2 and 1x8 take the same rows; where rows run out, a rank gets a
-        micro-batch without targets, because all ranks must take part in every forward pass."""
-        size = self.args.batch_size
-        for first in range(rank() * size, len(rows) + rank() * size, size * world_size()):
-            batch = self.collate(rows[first : first + size] or rows[:1])
-            if first >= len(rows):
-                batch = {name: value[:0] for name, value in batch.items()} | model_inputs(batch)
-            yield batch
-
-    def largest(self) -> list[dict]:
-        """The micro-batch of the run that takes the most memory; twice with --grad-accum, where the second one meets gradients."""
-
-        def size(rows: list[list[int]]) -> tuple[int, int]:
-            documents = [document for row in rows for document in row]
-            lengths = self.lengths[documents]
-            return lengths.sum() if self.args.packing else len(documents) * lengths.max(), self.targets[documents].sum()
-
-        steps = (self.rows(epoch)[first : first + self.rows_per_step] for epoch, first in self.plan())
-        batches = (rows[i : i + self.args.batch_size] for rows in steps for i in range(0, len(rows), self.args.batch_size))
-        return [self.collate(max(batches, key=size))] * min(2, self.args.grad_accum)
-
-    def collate(self, rows: list[list[int]]) -> dict:
-        """Rows -> one micro-batch for `target_logps`, on the device.
-
-        Packed: all documents end to end in one row, input_ids and position_ids (1, T), positions restarting at 0 in each;
-            documents = (lengths, cumulative lengths (D + 1,) int32, longest). Nothing is padded.
-        Padded on the right: input_ids and attention_mask (B, T).
-        Both: targets (N,), the tokens to predict, and target_index (N,), where in the flattened (B * T,) each is predicted:
-            one position before its own. First tokens are no targets, so no document is predicted from another.
-        Of preference data, with D documents, P pairs of a better and a worse answer to one prompt: see `pairs`.
-        """
-        fetched = self.table[[document for row in rows for document in row]]
-        ids, marks = [x.astype(np.int64) for x in fetched["input_ids"]], [x.astype(bool) for x in fetched["is_target"]]
-        lengths = [len(x) for x in ids]
-        width = max(lengths)
-        starts = np.cumsum([0, *lengths[:-1]]) if self.args.packing else width * np.arange(len(ids))
-        index = [start + np.flatnonzero(mark) - 1 for start, mark in zip(starts, marks)]
-        flat = torch.from_numpy(np.concatenate(ids))
-        batch = {"targets": flat[torch.from_numpy(np.concatenate(marks))], "target_index": torch.from_numpy(np.concatenate(index))}
-        if self.args.packing:
-            cumulative = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-            batch |= {"input_ids": flat[None], "position_ids": torch.cat([torch.arange(length) for length in lengths])[None]}
-            batch["documents"] = (lengths, self.place(cumulative), width)
-        else:
-            real = torch.arange(width) < torch.tensor(lengths)[:, None]  # (B, T)
-            batch |= {"input_ids": torch.full(real.shape, self.pad_id).masked_scatter(real, flat), "attention_mask": real.long()}
-        if self.answers is not None:
-            batch |= self.pairs(rows, ids, marks, starts)
-        return {name: self.place(x) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-
-    def pairs(self, rows: list[list[int]], ids: list[np.ndarray], marks: list[np.ndarray], starts: np.ndarray) -> dict:
-        """What losses on answers need beside the tokens. Of K ranked answers all K (K - 1) / 2 pairs count, together as one.
-
-        document (D,): the number of each in the table. answer (N,): the document, of D, that each target belongs to.
-        last (D,): where in the flattened row each document ends. better, worse (P,): the documents of each pair.
-        weight (P,): 2 / (K (K - 1)). margin (P,). best (C,): which of the N targets belong to best answers. other_targets and
-        other_index (M,): as targets and target_index, of all other tokens of the best answers' documents: the prompts.
-        """
-        firsts = np.cumsum([0, *map(len, rows[:-1])])
-        pairs = [(first + i, first + j, 2 / (len(row) * (len(row) - 1)), self.margins[row[0]])
-                 for first, row in zip(firsts, rows) for i in range(len(row)) for j in range(i + 1, len(row))]  # fmt: skip
-        better, worse, weight, margin = (torch.tensor(column) for column in zip(*pairs))
-        answer = torch.repeat_interleave(torch.arange(len(marks)), torch.tensor([int(mark.sum()) for mark in marks]))
-        document = torch.tensor([document for row in rows for document in row])
-        best = torch.isin(answer, torch.from_numpy(firsts)).nonzero()[:, 0]
-        last = torch.tensor([start + len(x) - 1 for start, x in zip(starts, ids)])
-        others = [np.flatnonzero(~marks[first][1:]) for first in firsts]  # each one position before its token
-        other_targets = torch.from_numpy(np.concatenate([ids[first][1:][positions] for first, positions in zip(firsts, others)]))
-        other_index = torch.from_numpy(np.concatenate([starts[first] + positions for first, positions in zip(firsts, others)]))
-        return {"document": document, "answer": answer, "last": last, "better": better, "worse": worse, "weight": weight.float(),
-                "margin": margin.float(), "best": best, "other_targets": other_targets, "other_index": other_index}  # fmt: skip
-
-    def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To the device; on CUDA from pinned memory, so that the host does not wait for the copy."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
-
-    def show(self, tokenizer) -> None:
-        """Print the first micro-batch: every document, a line for each run of context or target tokens."""
-        rows = self.rows()[: self.args.batch_size]
-        for row, document in [(row, document) for row in rows for document in row]:
-            ids, marks = self.table[document]["input_ids"].tolist(), self.table[document]["is_target"].astype(bool)
-            print(f"--- row {rows.index(row) + 1} of {len(rows)}, document {row.index(document) + 1} of {len(row)}: "
-                  f"{len(ids)} tokens, {marks.sum()} of them targets ---")  # fmt: skip
-            edges = [0, *(np.flatnonzero(np.diff(marks)) + 1), len(ids)]
-            for first, last in zip(edges, edges[1:]):
-                tokens = [tokenizer.decode([token]) for token in ids[first:last]]
-                if "\ufffd" in "".join(tokens):  # parts of a character: show the vocabulary's own spelling
-                    tokens = tokenizer.convert_ids_to_tokens(ids[first:last])
-                print(f"{'TARGET ' if marks[first] else 'context'} {last - first:4d}  {'|'.join(tokens)!r}")
+    ids = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
+    marks = [np.asarray(example["is_target"], dtype=bool) for example in examples]
+    if padded:
+        width = max(map(len, ids))
+        ids, marks, mask = (
+            np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+            for rows in (ids, marks, [np.ones_like(row) for row in ids])
+        )
+        index = np.flatnonzero(marks) - 1
+        batch = {"input_ids": ids, "attention_mask": mask, "target_index": index}
+        return {key: to_tensor(x) for key, x in (batch | {"targets": ids[marks]}).items()}
+    lengths, reads, positions = [], [], []
+    for example in examples:
+        first = len(lengths)
+        for n, length in enumerate(map(int, example.get("stretches", [len(example["input_ids"])]))):
+            lengths.append(length)
+            reads.append(first if n else None)
+            positions.append(np.arange(length) + (lengths[first] if n else 0))
+    ids, marks, ends = np.concatenate(ids), np.concatenate(marks), np.cumsum(lengths)
+    before = np.arange(len(ids)) - 1
+    for n, read in enumerate(reads):
+        before[ends[n] - lengths[n]] = -1 if read is None else ends[read] - 1
+    batch = {"input_ids": ids[None], "position_ids": np.concatenate(positions)[None]}
+    batch |= {"targets": ids[marks], "target_index": before[marks]}
+    batch = {key: to_tensor(x) for key, x in batch.items()}
+    own = np.split(np.arange(len(ids)), ends[:-1])
+    keys = [k if r is None else np.concatenate([own[r], k]) for k, r in zip(own, reads)]
+    key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int32)
+    index = to_tensor(np.concatenate(keys)) if any(r is not None for r in reads) else None
+    bounds = to_tensor(np.array([0, *ends], dtype=np.int32)), to_tensor(key_ends)
+    longest = max(lengths), max(map(len, keys))
+    return batch | {"stretches": Stretches(lengths, reads, *bounds, index, longest)}
 
 
-def load_data(args, tokenizer, vocab_size: int, device=torch.device("cpu"), kind: str = "conversations") -> tuple[Corpus, Corpus | None]:
-    """--data and --eval-data -> (training corpus, held-out corpus or None). Says what was kept, cut and dropped.
-
-    kind: "conversations" (any training rows), "preferences" or "prompts" (see `encode_row`)."""
-    sources = [parse_source(text) for text in args.data] + [(path, 1.0) for path in args.eval_data or []]
-    for turn in range(2):  # under torchrun rank 0 tokenises first, the others then find it in the cache
-        if (rank() == 0) == (turn == 0):
-            tables, digests = zip(*[tokenize_source(name, tokenizer, args, vocab_size, kind) for name, _ in sources])
-        if world_size() > 1:
-            dist.barrier()
-    table = datasets.concatenate_datasets(list(tables))
-    prompts, lengths, targets, status = (table.data.column(x).to_numpy() for x in ("prompt", "length", "targets", "status"))
-    bounds = np.cumsum([0, *map(len, tables)])
-    spans = list(zip(bounds, bounds[1:]))
-    for (name, _), (first, last) in zip(sources, spans):
-        kept, cut, no_target, empty = np.bincount(status[first:last], minlength=4)
-        say(f"{name}: {kept + cut:,} documents, {lengths[first:last].sum():,} tokens, {targets[first:last].sum():,} of them targets; {cut:,} cut at "
-            f"--max-length {args.max_length}; dropped: {no_target:,} with no target left, {empty:,} with an empty text or answer")  # fmt: skip
-    best = table.data.column("answers").to_numpy() > 0
-    usable, held_out = (status <= CUT) & best, np.arange(len(table)) >= bounds[len(args.data)]
-    if not args.eval_data and args.eval_fraction:  # whole prompts, until the fraction is reached
-        unique, counts = np.unique(prompts[usable], return_counts=True)
-        shuffled = np.random.default_rng([args.seed, 7]).permutation(len(unique))
-        enough = np.searchsorted(counts[shuffled].cumsum(), args.eval_fraction * counts.sum()) + 1
-        held_out = np.isin(prompts, unique[shuffled[: min(enough, len(unique) - 1)]])
-
-    def corpus(chosen: np.ndarray, weights: list[float]) -> Corpus | None:
-        parts = [(first + np.flatnonzero(chosen[first:last]), weight) for (first, last), weight in zip(spans, weights)]
-        parts = [(documents, weight) for documents, weight in parts if len(documents)]
-        return Corpus(table, parts, args, tokenizer.pad_token_id, device, digests, kind == "preferences") if parts else None
-
-    train, evaluation = corpus(usable & ~held_out, [weight for _, weight in sources]), corpus(usable & held_out, [1.0] * len(sources))
-    if train is None:
-        raise UserError(f"--data {' '.join(args.data)}: no row with a target is left to train on; a larger --max-length may help")
-    if evaluation is None:
-        say("no held-out rows: training without evaluation")
-    return train, evaluation
+def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None:
+    """The first line of a run, and warnings where batches do not suit the data."""
+    if not steps:
+        return say("no optimizer steps: only evaluating and saving")
+    sample = [train_set[numbers]["input_ids"] for numbers in steps[:: max(1, len(steps) // 20)]]
+    passes = sum(len(plan_passes(list(map(len, ids)), args)) for ids in sample)
+    tokens = sum(len(x) for ids in sample for x in ids) / passes
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    length = f" ({args.epochs:g} epochs of {len(train_set):,})" if args.max_steps is None else ""
+    say(f"{len(steps):,} steps of {args.batch_size} examples{length}, about {tokens:,.0f} tokens a "
+        f"pass, {where}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
+    if args.demo or args.max_steps is not None:
+        return
+    if len(steps) < 30:
+        say("warning: few steps: try a smaller --batch-size, more --epochs or a higher --lr")
+    elif tokens < args.micro_batch_tokens / 2:
+        say("warning: passes are less than half full: a larger --batch-size may be faster")
 
 
-# --------------------------------------------------------------------------------------------------------- 5. Model
+def inspect_examples(train_set, tokenizer, count: int = 3) -> None:
+    """Print examples, a line for every stretch of context or target tokens."""
+    for n in range(min(count, len(train_set))):
+        ids, marks = train_set[n]["input_ids"], train_set[n]["is_target"].astype(bool)
+        print(f"--- example {n + 1}: {len(ids)} tokens, {marks.sum()} of them targets ---")
+        edges = [0, *(np.flatnonzero(np.diff(marks)) + 1), len(ids)]
+        for first, last in zip(edges, edges[1:]):
+            tokens = [tokenizer.decode([token]) for token in ids[first:last]]
+            if "\ufffd" in "".join(tokens):  # parts of a character: the vocabulary's spelling
+                tokens = tokenizer.convert_ids_to_tokens(ids[first:last].tolist())
+            kind = "TARGET " if marks[first] else "context"
+            print(f"{kind} {last - first:4d}  {'|'.join(tokens)!r}")
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text: str) -> None:
-    """Print once, whatever the number of ranks, and above the progress bar."""
-    if rank() == 0:
-        tqdm.write(text)
-
-
-with_data = _disable_current_modes  # tensors made in a with block of it have data, with --estimate, too
-
-
-class Estimate(TorchDispatchMode):
-    """--estimate: the script itself, on tensors that have a shape and no data (PyTorch's FakeTensorMode), for two optimizer steps on
-    the run's largest micro-batch. This follows every storage from the operation that makes it to its end, as a GPU's allocator does."""
-
-    def __init__(self, offload: bool):
-        super().__init__()
-        self.modes, self.fake, self.offload = ExitStack(), FakeTensorMode(), offload
-        self.held, self.live, self.peak = {}, 0, 0  # storages and their bytes; bytes now, and at most, on the GPU
-        self.trained, self.weights, self.states = [], 0, 0
-
-    def start(self) -> None:
-        """From here on no tensor has data."""
-        if not self.held:
-            resize = torch.UntypedStorage.resize_  # with which FSDP2 frees what it has gathered
-
-            def resize_and_follow(storage, size: int):
-                resize(storage, size)
-                self.follow(storage)
-
-            look_at_shapes = ShardingPropagator._propagate_tensor_meta_non_cached  # DTensor's, on tensors of whole size: they take nothing
-
-            def look_unfollowed(*args):
-                with with_data():
-                    return look_at_shapes(*args)
-
-            self.modes.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_and_follow))
-            self.modes.enter_context(mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", look_unfollowed))
-            self.modes.enter_context(self.fake)
-            self.modes.enter_context(self)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:  # first its own rules, then what they do with this rank's part
-            return NotImplemented
-        if func is torch.ops.aten._local_scalar_dense.default and self.fake:
-            return 0  # a reading of a number that is not there
-        out = func(*args, **(kwargs or {}))
-        self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()  # its weak references would forbid Module.to
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.follow(tensor.untyped_storage())
-        return out
-
-    def follow(self, storage) -> None:
-        key, size = storage._cdata, self.rounded(storage.nbytes())
-        known = self.held.get(key)
-        if known is None or known[1] != size:
-            self.held[key] = weakref.ref(storage, lambda _: self.forget(key)), size
-            self.live += size - (known[1] if known else 0)
-            if self.live - self.offload * (self.weights + self.states) > self.peak:
-                gradients = self.bytes_of(p.grad for p in self.trained)
-                on_gpu = self.live - self.offload * (self.weights + self.states + gradients)
-                if on_gpu > self.peak:
-                    self.peak, self.gradients = on_gpu, gradients
-
-    def forget(self, key: int) -> None:
-        self.live -= self.held.pop(key)[1]
-
-    @staticmethod
-    def rounded(size: int) -> int:
-        return -(-size // 512) * 512  # as PyTorch's allocator does
-
-    def bytes_of(self, tensors) -> int:
-        """Of this rank's parts of tensors."""
-        local = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        return sum(self.rounded(tensor.numel() * tensor.itemsize) for tensor in local)
-
-    def steps(self, model, optimizers: list, micro_batches: list[dict]):
-        """In place of `Run.steps`: two steps, since optimizer states exist from the second on. Then prints the table and ends the script."""
-        gc.collect()  # what loading has left behind
-        self.trained, self.weights = [p for p in model.parameters() if p.requires_grad], self.live
-        micro_batches = tree_map(lambda x: self.fake.from_tensor(x) if isinstance(x, torch.Tensor) else x, micro_batches)
-        for tensor in tree_leaves(micro_batches):
-            if isinstance(tensor, torch.Tensor):
-                self.follow(tensor.untyped_storage())
-        for _ in range(2):
-            self.peak = 0
-            yield 0.0, micro_batches, 1, 1
-            self.states = self.bytes_of(x for optimizer in optimizers for state in optimizer.state.values() for x in state.values())
-        self.modes.close()
-        say(self.table(micro_batches[0]["input_ids"].numel()))
-        sys.exit(0)
-
-    def table(self, tokens: int) -> str:
-        """What lies on the GPU, and with --offload in host memory, when the GPU holds most."""
-        kept = {"parameters": self.weights, "gradients": self.gradients, "optimizer states": self.states}
-        if self.offload:  # both are pinned, and pinned memory comes in powers of two
-            pinned = sum(1 << (getattr(p, "_local_tensor", p).nbytes - 1).bit_length() for p in self.trained)
-            kept |= {"parameters": pinned, "gradients": pinned}
-        rest = self.peak - (0 if self.offload else sum(kept.values()))
-        rows = [(name, 0, size) if self.offload else (name, size, 0) for name, size in kept.items()]
-        rows += [("activations and loss buffers", rest, 0), ("together", self.peak, self.offload * sum(kept.values()))]
-        lines = [f"{f'estimate at the peak, {tokens:,} tokens':44} {'GPU, GiB':>10}" + f" {'host, GiB':>10}" * self.offload]
-        lines += [f"{name:44} {gpu / 2**30:10.3f}" + f" {host / 2**30:10.3f}" * self.offload for name, gpu, host in rows]
-        return "\n".join([*lines, "on top of it: CUDA's context, about 0.5 GiB, and what the allocator loses in gaps"])
+# ---------------------------------------------------------------------------------- 5. Model
 
 
 def setup(args) -> tuple[torch.device, torch.dtype]:
-    """Seed, pick the device, join the other ranks under torchrun. -> (device, dtype of the computation)"""
+    """Check --output, pick the device, join the other ranks, seed. -> (device, compute dtype)"""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        raise UserError(f"torch {torch.__version__} is too old: pip install 'torch>=2.11'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    args.gradient_checkpointing |= args.checkpoint_blocks is not None
-    if args.estimate == "run":  # by this command in another process, whose --estimate stands last
-        if os.environ.get("RANK", "0") == "0" and (failed := subprocess.run([sys.executable, *sys.orig_argv[1:], "--estimate"]).returncode):
-            sys.exit(failed)
-        args.estimate = None
-    if args.estimate:
-        return estimate_setup(args, ranks)
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if device.type == "cuda":
+    if not args.inspect:
+        check_output(args)
+    cuda, device = torch.cuda.is_available(), torch.device("cpu")
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if (ranks > 1 or getattr(args, "offload", False)) and not dist.is_initialized():  # --offload on one device: FSDP2, one rank
-        alone = {} if ranks > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        # hours, because the others wait while rank 0 tokenises, and while it writes a checkpoint
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4), **alone)
-    if ranks > 1 and getattr(args, "offload", False):  # AdamW runs on the CPU, where torchrun gives each process one thread
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
+    # FSDP2 needs a process group, also for --offload on one GPU
+    if (RANKS > 1 or getattr(args, "offload", False)) and not dist.is_initialized():
+        options = {"timeout": timedelta(hours=4)}  # while rank 0 tokenises or saves
+        if RANKS == 1:
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
     torch.manual_seed(args.seed)
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else device.type == "mps"
-    return device, torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and has_bfloat16 else torch.float32
+    fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    auto = torch.bfloat16 if fast else torch.float32
+    return device, auto if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
-def estimate_setup(args, ranks: int) -> tuple[torch.device, torch.dtype]:
-    """`setup` for --estimate. As on a GPU, but the tensors say that they are on a CPU: CUDA's need CUDA, even without data. One of W
-    ranks alone, in a process group that sends nothing; a WORLD_SIZE in the environment is enough for it."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if os.environ.get("RANK", "0") != "0":
-        sys.exit(0)
-    offload = getattr(args, "offload", False)
-    if ranks > 1 or offload:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    args.estimate = Estimate(offload)
-    return torch.device("cpu"), torch.float32 if args.dtype == "float32" else torch.bfloat16
+def seed_step(args, step: int) -> None:
+    """Random numbers (dropout, noise) are a function of seed, step and rank: nothing to save."""
+    torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)
 
 
-def tiny_model() -> torch.nn.Module:
-    """A seeded random Llama with grouped-query attention, 0.8 million parameters. It begins at a loss of ln 320 = 5.77."""
-    config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=257, pad_token_id=258,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config)
-
-
-def tiny_tokenizer():
-    """A token a byte, so that every text in every language round-trips, and ChatML."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>"])  # ids 256, 257, 258
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "extra_special_tokens": ["<|im_start|>"]}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
-
-
-def from_hub(auto_class, args, name: str | None = None, flag: str = "--model", **options):
-    """auto_class.from_pretrained(a folder or a Hub name), with what can go wrong in one line. Another name than that of --model
-    comes with the flag that gave it."""
-    name = name or args.model
+def pretrained(auto_class, name: str, **options):
+    """auto_class.from_pretrained, with a UserError where it fails."""
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.exists() and not (Path(name) / "config.json").exists():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise UserError(f"--model {name} is an adapter: use --adapter {name} --model {base}")
     try:
-        return auto_class.from_pretrained(name, trust_remote_code=args.trust_remote_code, **options)
+        return auto_class.from_pretrained(name, **options)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a broken folder fails in a dozen ways
-        first, *more = (str(error) or repr(error)).strip().splitlines()
-        raise UserError(f"{flag} {name}: {first}{more[0] if first.endswith(':') and more else ''}") from error
+    except Exception as error:  # a broken folder fails in many ways
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        where = "" if Path(name).is_dir() else "no such folder, and not loaded from the Hub: "
+        raise UserError(f"--model {name}: {where}{reason}") from error
 
 
-def load_tokenizer(args):
-    """-> (tokenizer with a chat template and a pad token, number of embeddings of the model). Says what it had to choose."""
-    if args.model == "random":
-        tokenizer, vocab_size = tiny_tokenizer(), 320
+def load_model(args, dtype, device, weights=None, shard: bool = False, offload: bool = False):
+    """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7).
+
+    weights: the dtype in which weights are kept, if not dtype: float32 where they train.
+    shard: each rank keeps its part (`shard_model`). Rank 0 alone reads the files, the others
+    receive. What sections 6 and 7 assume of a model is checked here, by trying.
+    """
+    if RANK == 0:
+        options = {"dtype": weights or dtype, "use_safetensors": True, "output_loading_info": True}
+        model, found = pretrained(transformers.AutoModelForCausalLM, args.model, **options)
+        if missing := sorted(found["missing_keys"]):  # transformers would make them random
+            raise UserError(
+                f"--model {args.model}: weights are in no file: {missing[0]} and others"
+            )
+        model.to("cpu" if shard else device)
     else:
-        vocab_size = from_hub(transformers.AutoConfig, args).get_text_config().vocab_size
-        tokenizer = from_hub(transformers.AutoTokenizer, args)
-    if args.template in ("chatml", "alpaca"):
-        tokenizer.chat_template = CHATML if args.template == "chatml" else ALPACA
-    elif args.template not in (None, "none"):
-        if not Path(args.template).is_file():
-            raise UserError(f"--template {args.template}: give chatml, alpaca, none or a .jinja file")
-        try:
-            tokenizer.chat_template = Path(args.template).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"--template {args.template}: not UTF-8")
-    elif args.template is None and not tokenizer.chat_template:
-        tokenizer.chat_template = ALPACA
-        say("the tokenizer has no chat template: using the Alpaca layout, and saving it with the result (--template chooses)")
-    if args.template == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
-        raise UserError("--template chatml: this tokenizer has no <|im_start|> and <|im_end|> tokens; use --template alpaca")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {args.model}: its tokenizer has no eos token, so nothing could teach the model to stop")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        say(f"the tokenizer has no pad token: padding with eos, {tokenizer.eos_token!r}, which stays a target: padding is masked by position")
-    return tokenizer, vocab_size
-
-
-def load_model(args, dtype: torch.dtype, device: torch.device, weight_dtype: torch.dtype | None = None, head: str = "lm",
-               name: str | None = None, flag: str = "--model") -> torch.nn.Module:  # fmt: skip
-    """A causal LM that computes in dtype and keeps its weights in weight_dtype (dtype, if not given), on the device, with
-    `model.target_logps` bound to it (section 7). What sections 6 and 7 assume of a model is checked here, by trying.
-
-    head "score": a sequence classifier with one label in place of the causal LM, and no target_logps. Its head is random
-    where the model on disk has none. name and flag as in `from_hub`."""
-    weight_dtype, name = weight_dtype or dtype, name or args.model
-    if args.estimate:
-        args.estimate.start()
-    if name == "random":
-        model = tiny_model().to(weight_dtype)
-        if head == "score":
-            base, model = model, transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**model.config.to_dict() | {"num_labels": 1}))
-            model = model.to(weight_dtype)
-            model.model.load_state_dict(base.model.state_dict())
-    else:  # safetensors only: a pickle can run code while it loads
-        auto_class = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
-        options = {} if head == "lm" else {"num_labels": 1}
-        if args.estimate:
-            config = from_hub(transformers.AutoConfig, args, name, flag, **options)
-            model = auto_class.from_config(config, dtype=weight_dtype, trust_remote_code=args.trust_remote_code)
-            found = {"missing_keys": [], "unexpected_keys": []}
-        else:
-            model, found = from_hub(auto_class, args, name, flag, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options)
-        missing = sorted(name for name in found["missing_keys"] if head == "lm" or not name.startswith("score."))
-        if missing:  # transformers would fill them with random numbers
-            raise UserError(f"{flag} {name}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
-        if found["unexpected_keys"] and head == "lm":
-            odd = found["unexpected_keys"]
-            say(f"{name}: {len(odd)} tensors in its files are no part of this model, {min(odd)} for one")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and args.max_length > longest:
-        raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
-    model.to(device)
-    model.padded_attention, model.base_fingerprint = model.config._attn_implementation, "" if args.estimate else fingerprint(model)
-    make_lean(model)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != weight_dtype):
-        if args.packing:
-            choose_packed_attention(model, exact=dtype == torch.float32)
-        if head == "lm":
-            if model.base_model is model:  # Llama 4's text model names itself
-                raise UserError(f"{type(model).__name__} has no backbone apart from its head, which the loss here needs")
-            # a bound method, because FSDP2 gathers weights only around methods it knows (register_fsdp_forward_method)
-            model.target_logps = types.MethodType(target_logps, model)
-            if not args.estimate:
-                check_head(model, exact=dtype == torch.float32)
-    return model
-
-
-def fingerprint(model) -> str:
-    """Tells bases of the same shape apart: the sizes, and in bfloat16 the input embedding's first and last 64 rows and the first 64
-    elements of every weight of the backbone, so that a base and what was merged into it differ."""
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
-    embedding = model.get_input_embeddings().weight.detach()
-    parts = [embedding[:64], embedding[-64:], *(p.detach().flatten()[:64] for p in model.base_model.parameters())]
-    known = torch.cat([part.flatten().to(torch.bfloat16) for part in parts]).view(torch.int16).cpu().numpy()
-    return hashlib.sha256(json.dumps(sizes).encode() + known.tobytes()).hexdigest()[:32]
-
-
-def blocks(model) -> list[torch.nn.Module]:
-    """The decoder blocks, in order."""
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not found:
-        raise UserError(f"{type(model).__name__} has no blocks that transformers can recompute or shard one by one")
-    return found
-
-
-def checkpoint_blocks(model, args) -> None:
-    """Recompute --checkpoint-blocks blocks (all, if not given) in the backward pass instead of keeping their activations."""
+        config = pretrained(transformers.AutoConfig, args.model)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=weights or dtype)
+    model.target_logps = types.MethodType(target_logps, model)
+    if weights and dtype != weights and not shard:  # uncached, as each weight is used once
+        autocast = torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+        model.target_logps = autocast(model.target_logps)
+    if not args.no_packing:
+        model.set_attn_implementation("stretches")
+    lean = share(lean_modules(model) if RANK == 0 else None)
+    for name, forward in lean:
+        module = model.get_submodule(name)
+        module.forward = types.MethodType(LEAN[forward], module)
+    if RANK == 0:
+        check_model(model, args, exact=dtype == torch.float32)
+    if shard:
+        shard_model(model, dtype, device, offload)
+    elif RANKS > 1:
+        if RANK > 0:
+            model.to_empty(device=device)
+            model.tie_weights()  # .to_empty() unties
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)
     if args.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.23, 5.17
-        enable({"use_reentrant": False})
-        for block in blocks(model)[args.checkpoint_blocks or len(blocks(model)) :]:
+        enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        for block in blocks(model)[args.gradient_checkpointing :]:
             block.gradient_checkpointing = False
+    return model.train()
+
+
+def share(value):
+    """Rank 0's value, on all ranks."""
+    values = [value]
+    if RANKS > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def blocks(model) -> list[nn.Module]:
+    """The decoder blocks, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def shard_model(model, dtype, device, offload: bool) -> None:
+    """FSDP2 (ZeRO-3): each of W ranks keeps 1/W of every parameter. A block is gathered in dtype
+    just before it runs and freed after; gradients are summed over ranks, not averaged. With
+    offload, weights, gradients and optimizer states are in host memory."""
+    state = model.state_dict() if RANK == 0 else {}
+    buffers = dict(model.named_buffers())
+    model.to("meta")
+    model.tie_weights()  # before sharding, or ranks would shard different groups
+    precision = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": init_device_mesh(device.type, (RANKS,)), "mp_policy": precision}
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    for module in [*blocks(model), model]:  # the model last: embeddings, last norm, head
+        fsdp.fully_shard(module, **options)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device="cpu" if offload else device)
+    model.tie_weights()
+    dcp.set_model_state_dict(model, state, options=LOAD)
+    for name, buffer in model.named_buffers():  # rotary frequencies are in no state dict
+        buffer.data = (buffers[name] if RANK == 0 else buffer).to(device)
+        dist.broadcast(buffer, 0)
+    fsdp.register_fsdp_forward_method(model, "target_logps")  # gathers the head for the loss
+
+
+# Checkpoints have whole tensors of what trains, on rank 0's CPU.
+SAVE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+LOAD = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=RANKS > 1, strict=False)
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Keeps gate and up alone and computes silu again in the backward pass. All (..., f)."""
+    """silu(gate) * up, all (..., f). Keeps gate and up; silu is computed again in backward."""
 
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up  # not in place: --compile on torch 2.11 would lose the gradient
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -1186,278 +929,192 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
-class FakeNorm(torch.autograd.Function):
-    """For --estimate: what F.rms_norm is on a GPU, one kernel that keeps x and one float32 number for each of its vectors."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
-def fused_norm(self, x):
-    weight, kind = self.weight.to(x.dtype), x.device.type  # of one dtype, or it is not one kernel
-    y = FakeNorm.apply(x, weight) if isinstance(x, FakeTensor) else F.rms_norm(x, weight.shape, weight, self.variance_epsilon)
+def lean_norm(self, x):
+    """RMSNorm through PyTorch's own function: on a GPU one kernel without float32 copies."""
+    y = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
     # under autocast every layer that reads y would cast it for itself, and keep its own copy
+    kind = x.device.type
     return y.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else y
 
 
-def gated_mlp(self, x):
+def lean_mlp(self, x):
     return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-LEAN = ((fused_norm, {"weight", "variance_epsilon"}), (gated_mlp, {"gate_proj", "up_proj", "down_proj"}))
+LEAN = {"norm": lean_norm, "mlp": lean_mlp}
 
 
 @torch.no_grad()
-def make_lean(model) -> None:
-    """RMSNorm through PyTorch's own function, which on a GPU is one kernel without float32 copies (on a CPU it is the same steps as
-    before), and SwiGLU without silu(gate) kept: the same numbers with less memory. Where a module's own forward gives other numbers
-    (Gemma's norm, dropout), it stays as it is."""
-    was_training, classes = model.training, {}  # one new class for each old one: --compile makes a graph for each
-    model.train()
-    for module in model.modules():
-        for forward, parts in LEAN:
-            if all(hasattr(module, part) for part in parts):
-                weight = module.weight if forward is fused_norm else module.gate_proj.weight
-                x = torch.linspace(-3, 3, 2 * weight.shape[-1], device=weight.device, dtype=weight.dtype).view(2, -1)
-                own, lean = module(x).float(), forward(module, x).float()
-                if isinstance(own, FakeTensor) or (own - lean).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
-                    kind = type(module)
-                    module.__class__ = classes.setdefault(kind, type(kind.__name__, (kind,), {"forward": forward}))
-    model.train(was_training)
+def lean_modules(model) -> list[tuple[str, str]]:
+    """(module, key of LEAN) of the norms and MLPs that a lean forward computes exactly: not of
+    Gemma's norm, or of an MLP with another activation or with dropout."""
+    found = []
+    for name, module in model.train().named_modules():
+        parts = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
+        is_mlp = all(isinstance(part, nn.Linear) for part in parts)
+        if is_mlp or hasattr(module, "variance_epsilon"):
+            kind, weight = ("mlp", parts[0].weight) if is_mlp else ("norm", module.weight)
+            x = torch.linspace(-3, 3, 2 * weight.shape[-1]).view(2, -1).to(weight)
+            own, lean = module(x).float(), LEAN[kind](module, x).float()
+            if (own - lean).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
+                found.append((name, kind))
+    return found
 
 
-def compile_blocks(model, args) -> None:
-    """--compile: every part of a block but its attention (norms and MLP, with what a method has put on them) becomes one compiled
-    function for all blocks and row lengths. Attention stays as it is: a graph with it would be compiled anew for every other number of
-    documents in a row, and within a recomputed block not at all."""
-    for block in blocks(model) if args.compile and not args.estimate else []:
-        for part in block.children():
-            if "Attention" not in type(part).__name__:
-                part.compile(dynamic=True)
+@torch.no_grad()
+def check_model(model, args, exact: bool) -> None:
+    """Two documents in one pass must get the log-probabilities that the model itself gives to
+    each alone: its head has no step that `output_head` does not know, and nothing leaks."""
+    model.eval()
+    device, expected = model.get_input_embeddings().weight.device, []
+    documents = [torch.arange(first, last) * 5 % 17 + 3 for first, last in ((0, 12), (12, 21))]
+    with own_attention(model):
+        for ids in (document.to(device) for document in documents):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            expected.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
+    examples = [{"input_ids": ids, "is_target": np.arange(len(ids)) > 0} for ids in documents]
+    way_out = "" if args.no_packing else "; --no-packing may help"
+    try:
+        found = model.target_logps(**collate(examples, args.no_packing, device))
+    except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{type(model).__name__} is not supported: {error}{way_out}") from error
+    # in bfloat16 single values differ by some per cent between shapes: compare the mean
+    difference, size = (x.abs().mean() for x in (found - torch.cat(expected), found))
+    if difference > (1e-5 if exact else 0.02) * size:
+        problem = f"log-probabilities are {difference:.3g} nats from the model's own"
+        raise UserError(f"{type(model).__name__} is not supported: {problem}{way_out}")
 
 
-def linear_layers(model, targets: str) -> dict[str, torch.nn.Linear]:
-    """The layers an adapter goes on, by name. targets: "all-linear" is every nn.Linear but the output head; else names with
-    commas between them, and a layer matches whose name is one of them or ends with "." and one, as in PEFT."""
-    head = model.get_output_embeddings() or getattr(model, "score", None)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not head}
-    endings = tuple("." + target for target in targets.split(","))
-    chosen = {name: layer for name, layer in layers.items() if targets == "all-linear" or f".{name}".endswith(endings)}
-    if not chosen:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "no nn.Linear (GPT-2's Conv1D is none)"
-        raise UserError(f"--targets {targets} matches no linear layer; this model has {known}")
-    return chosen
+# ------------------------------------------------------------------------------ 6. Attention
 
 
-def short_names(model, adapted: list[str]) -> list[str]:
-    """target_modules for PEFT: the last parts of the adapted layers' names, or whole names where another linear layer that is
-    not adapted has the same last part."""
-    last = {name.rpartition(".")[2] for name in adapted}
-    inside = tuple(f"{name}." for name in adapted)
-    others = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and not name.startswith(inside)]
-    return sorted(adapted if any(name.rpartition(".")[2] in last for name in others) else last)
+def stretch_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
+    stretches=None, **others,
+):  # fmt: skip
+    """Causal attention inside every stretch of a packed sequence, and to the stretch it reads.
 
-
-def parallelize(model, dtype: torch.dtype, device: torch.device, offload: bool = False, method: str = "target_logps") -> None:
-    """Prepare a model that trains all its parameters, float32 masters, to compute in dtype through `method`.
-
-    In one process: autocast. Under torchrun or with offload: `shard`.
+    A transformers attention function. query (1, H, T, head_dim), key and value (1, H_kv, T,
+    head_dim), stretches: Stretches -> (1, T, H, head_dim), None. No (T, T) mask exists.
+    Raises on what it does not know (soft-capping, sinks), and without stretches: padded examples
+    and generation need `own_attention`.
     """
-    if dist.is_initialized():
-        shard(model, dtype, device, offload, method)
-    elif dtype != model.dtype:  # uncached, as each weight is used once
-        setattr(model, method, torch.autocast(device.type, dtype=dtype, cache_enabled=False)(getattr(model, method)))
-
-
-def check_shard(args) -> None:
-    if args.shard and world_size() == 1:
-        raise UserError("--shard divides the frozen weights among the ranks of torchrun: there is one process here")
-    if args.shard and getattr(args, "merge", False):
-        raise UserError("--merge needs whole weights: leave out --shard, or merge afterwards with --adapter and --max-steps 0")
-
-
-def shard(model, dtype: torch.dtype, device: torch.device, offload: bool = False, method: str = "target_logps") -> None:
-    """FSDP2 (ZeRO-3): each of W ranks keeps 1/W of every parameter; beside frozen ones, what trains stays whole on every rank, in
-    float32. A block is gathered in dtype just before it runs and freed after; gradients are summed over ranks, not averaged. With
-    offload the shards, and with them gradients and optimizer states, lie in host memory."""
-    with with_data():
-        options = {"mesh": init_device_mesh(device.type, (world_size(),))}
-    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    if not all(p.requires_grad for p in model.parameters()):  # an adapter: `sum_gradients` sums its gradients
-        options["ignored_params"] = {p for p in model.parameters() if p.requires_grad}
-        for p in options["ignored_params"]:
-            p.data = p.data.to(device)
-    if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    for module in [*blocks(model), model]:  # the model itself last: what is in no block: embedding, last norm, head
-        fully_shard(module, **options)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, method)  # the head must be gathered while the loss is computed
-
-
-def disable_dropout(model) -> None:
-    """For losses that compare two passes through a model. In train mode still, which recomputing blocks need."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout"):  # rates that attention and MLPs keep as numbers
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def count_parameters(model) -> tuple[int, int]:
-    """(trainable, total). A 4-bit parameter counts as the weights it stands for, not as its bytes."""
-    sizes = [(p.requires_grad, math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel()) for p in model.parameters()]
-    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
-
-
-# ----------------------------------------------------------------------------------------------------- 6. Attention
-
-
-def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, documents=None, **others):
-    """Causal attention inside each document of a packed row, in the form of a transformers attention function.
-
-    query (1, H, T, head_dim), key and value (1, H_kv, T, head_dim), documents as `Corpus.collate` makes them
-    -> (1, T, H, head_dim), None. No (T, T) mask exists, and the work grows with the documents' squared lengths, not T's.
-    Raises where it would be silently wrong: without document lengths (padded rows, generation), and for anything it does not
-    know (soft-capping, sinks, biases): then `choose_packed_attention` takes the mask that transformers makes instead.
-    """
-    if documents is None:
-        raise ValueError("no document lengths: padded rows and generation need model.padded_attention")
-    harmless = ("position_ids", "use_cache", "cache_position", "output_attentions")
-    unknown = [name for name, item in others.items() if name not in harmless and item is not None and item is not False]
-    if unknown or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise NotImplementedError(f"document attention does not know {unknown or 'this mask'}")
-    lengths, cumulative, longest = documents
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None  # itself and window - 1 before
-    if torch.is_autocast_enabled(query.device.type):  # rotary embedding has made queries and keys float32 again
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    head_dim = query.shape[-1]
-    has_kernel = (query.is_cuda or isinstance(query, FakeTensor)) and query.dtype != torch.float32
-    if has_kernel and not dropout and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0:  # what FlashAttention takes
-        gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13, not 2.11
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (1, H, T, head_dim) -> (T, H, head_dim)
+    unknown = {name for name in others if others[name] is not None and others[name] is not False}
+    unknown -= {"position_ids", "use_cache", "cache_position", "output_attentions"}
+    wrong = attention_mask is not None or stretches is None or not getattr(module, "is_causal", 1)
+    if unknown or wrong:
+        raise NotImplementedError(f"packed attention does not know {unknown or 'this mask'}")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embedding made float32 of them
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    head_dim, (longest_query, longest_key) = query.shape[-1], stretches.longest
+    window = sliding_window if sliding_window and sliding_window < longest_key else None
+    flash = query.is_cuda and query.dtype != torch.float32 and not dropout
+    flash = flash and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0
+    if flash and torch.cuda.get_device_capability(query.device)[0] >= 8:
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, head_dim)
+        if stretches.key_index is not None:
+            k, v = k[stretches.key_index], v[stretches.key_index]
+        bounds = (stretches.query_ends, stretches.key_ends, longest_query, longest_key)
         side = (window - 1 if window else -1, 0)
-        return varlen_attn(q, k, v, cumulative, cumulative, longest, longest, scale=scaling, window_size=side, **gqa)[None], None
-    pieces = []
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value))):
+        return varlen_kernel()(q, k, v, *bounds, scale=scaling, window_size=side)[None], None
+
+    out = []
+    queries, keys, values = (x.split(stretches.lengths, dim=2) for x in (query, key, value))
+    for q, k, v, read in zip(queries, keys, values, stretches.reads):
+        if read is not None:
+            k, v = torch.cat([keys[read], k], dim=2), torch.cat([values[read], v], dim=2)
         mask = None
-        if window is not None:
-            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        gqa = q.shape[1] != k.shape[1]
-        pieces.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa))
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+        if window or read is not None:
+            behind = k.shape[2] - q.shape[2]  # causal from the bottom right
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(behind).triu(behind + 1 - window if window else -q.shape[2])
+        options = {
+            "is_causal": mask is None,
+            "scale": scaling,
+            "enable_gqa": q.shape[1] != k.shape[1],
+        }
+        out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, **options))
+    return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-transformers.AttentionInterface.register("documents", document_attention)
+@functools.cache
+def varlen_kernel():
+    """torch 2.13's varlen_attn must be told of grouped heads; 2.11's has no such option."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
+
+
+transformers.AttentionInterface.register("stretches", stretch_attention)
 
 
 @contextmanager
-def attention(model, implementation: str):
-    """Another attention function, for the time of a with block."""
+def own_attention(model):
+    """What transformers chooses for the model, temporarily: it takes padding and a cache."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # Gemma 2 has eager alone
+        model.set_attn_implementation("eager")
     try:
         yield
     finally:
         model.set_attn_implementation(before)
 
 
-@torch.no_grad()
-def choose_packed_attention(model, exact: bool) -> None:
-    """Give the model an attention in which packed documents do not see each other, found by trying.
-
-    Two documents in one packed row must get the hidden states that each gets alone: with document attention, else with the
-    mask that transformers derives from position_ids. A model that lets them see each other both ways is refused.
-    """
-    device = model.get_input_embeddings().weight.device
-    ids, lengths = torch.arange(21, device=device)[None] * 5 % 17 + 3, [12, 9]
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-    documents = (lengths, torch.tensor([0, 12, 21], dtype=torch.int32, device=device), 12)
-    model.eval()
-
-    def hidden(**inputs):
-        return model.base_model(use_cache=False, **inputs).last_hidden_state[0].float()
-
-    without_data = isinstance(ids, FakeTensor)  # --estimate: nothing to compare
-    alone = None if without_data else torch.cat([hidden(input_ids=part) for part in ids.split(lengths, dim=1)])
-    for implementation, extra in (("documents", {"documents": documents}), (model.padded_attention, {})):
-        model.set_attn_implementation(implementation)
-        try:
-            packed = hidden(input_ids=ids, position_ids=positions, **extra)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotImplementedError, TypeError, ValueError, KeyError, RuntimeError):
-            continue
-        # the mean, because in bfloat16 single values differ by some per cent between the two shapes
-        if without_data or (packed - alone).abs().mean() <= (1e-3 if exact else 0.05) * alone.abs().mean():
-            return
-    raise UserError(f"{type(model).__name__} lets packed documents see each other: use --no-packing")
-
-
-# --------------------------------------------------------------------------------------------- 7. Log-probabilities
+# ---------------------------------------------------------------------- 7. Log-probabilities
 #
-#   z = cap * tanh(scale * (W h + b) / cap)        the V logits of one position (cap, scale and b: in few models)
+#   z = cap * tanh(scale * (W h + b) / cap)        the V logits of one position (cap, scale and
+#                                                  b: in few models)
 #   log p(t) = z_t - log sum_v exp(z_v)
 #   d log p(t) / d h = W^T [scale * (1 - (z / cap)^2) * (onehot(t) - softmax(z))]
 #
-# Each log-probability depends on the hidden state h of its own position alone, so its gradient is one row of d numbers.
-# While a chunk of logits is at hand the forward pass forms these rows too, and the backward pass only scales them: the
-# logits are computed once, and never more than a chunk of them exists. Only if W itself is trained (full fine-tuning) does
-# the backward pass compute them again, since W's gradient mixes all positions.
+# Each log-probability depends on the hidden state h of its own position alone, so its gradient
+# is one row of d numbers. The forward pass forms these rows while a chunk of logits is at hand,
+# and the backward pass only scales them: logits are computed once, and never more than a chunk
+# of them exists. If W itself trains (full fine-tuning), the backward pass computes them again.
 
-LOGITS_AT_ONCE = 2**25  # elements of a chunk of logits: 128 MiB in float32, which all that follows overwrites
-
-
-def head_logits(hidden, weight, bias, scale: float, softcap: float | None) -> torch.Tensor:
-    """(C, d) -> float32 logits (C, V), as the model's own head gives them."""
-    logits = F.linear(hidden, weight, bias).float()
-    logits = logits * scale if scale != 1 else logits
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+LOGITS_AT_ONCE = 2**25  # elements of a chunk: 128 MiB in float32
 
 
-def take_logps(logits, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (log p(targets) (C,), sum_v exp(z_v - max z) (C, 1)). Overwrites logits (C, V) with exp(z - max z): what follows needs
-    no second pass of exp, and no second tensor of that size."""
-    target, largest = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
-    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-    return (target - largest - total.log()).squeeze(1), total
-
-
-def logps_and_gradient(logits, targets, scale: float, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> log p(targets) (C,), and d log p(target) / d (W h + b) (C, V) in place of the logits."""
-    slope = scale * (1 - (logits / softcap) ** 2) if softcap else scale
-    logps, total = take_logps(logits, targets)
-    gradient = logits.div_(-total)  # -softmax(z)
+def chunk_logps(hidden, weight, bias, targets, scale, softcap, with_gradient: bool):
+    """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and d log p / d (W h + b), or
+    None, (C, V), which overwrites the logits."""
+    z = F.linear(hidden, weight, bias).float()
+    z = z * scale if scale != 1 else z
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    slope = scale * (1 - (z / softcap) ** 2) if softcap and with_gradient else scale
+    target, largest = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
+    total = z.sub_(largest).exp_().sum(1, keepdim=True)
+    logps = (target - largest - total.log()).squeeze(1)
+    if not with_gradient:
+        return logps, None
+    gradient = z.div_(-total)  # -softmax(z)
     gradient.scatter_add_(1, targets[:, None], torch.ones_like(total))
     return logps, gradient.mul_(slope) if softcap or scale != 1 else gradient
 
 
 class LinearLogps(torch.autograd.Function):
-    """log p(targets) under softmax(head(hidden)). hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> (N,)
-    float32. Gradients for hidden, and for weight and bias if they are trained."""
+    """log p(targets) under softmax(head(hidden)), without all logits.
+
+    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> (N,) float32. Gradients for
+    hidden, and for weight and bias if they train.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale, softcap):
         ctx.head_trains, ctx.scale, ctx.softcap = ctx.needs_input_grad[1], scale, softcap
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        rows = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.head_trains else None  # d log p / d h
+        with_rows = ctx.needs_input_grad[0] and not ctx.head_trains
+        rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
         ctx.chunk = max(1, LOGITS_AT_ONCE // len(weight))
         for i in range(0, len(hidden), ctx.chunk):
             part = slice(i, i + ctx.chunk)
-            logits = head_logits(hidden[part], weight, bias, scale, softcap)
-            if rows is None:
-                logps[part] = take_logps(logits, targets[part])[0]
-            else:
-                logps[part], gradient = logps_and_gradient(logits, targets[part], scale, softcap)
+            head = (weight, bias, targets[part], scale, softcap)
+            logps[part], gradient = chunk_logps(hidden[part], *head, with_rows)
+            if with_rows:
                 rows[part] = gradient.to(weight.dtype) @ weight
         ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.head_trains else (rows,)))
         return logps
@@ -1466,785 +1123,529 @@ class LinearLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (N,)
         if not ctx.head_trains:
-            return ctx.saved_tensors[0] * grad[:, None].to(ctx.saved_tensors[0].dtype), *[None] * 5
+            (rows,) = ctx.saved_tensors
+            return rows * grad[:, None].to(rows.dtype), None, None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.chunk):
             part = slice(i, i + ctx.chunk)
-            logits = head_logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
-            gradient = logps_and_gradient(logits, targets[part], ctx.scale, ctx.softcap)[1].mul_(grad[part, None])
+            head = (weight, bias, targets[part], ctx.scale, ctx.softcap)
+            gradient = chunk_logps(hidden[part], *head, True)[1].mul_(grad[part, None])
             if bias is not None:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(weight.dtype)
             grad_hidden[part] = gradient @ weight
             grad_weight += gradient.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None, None
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
-def output_head(model, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor | None, float, float | None]:
-    """(weight (V, d), bias, scale, softcap), what `head_logits` takes, in the dtype of the computation. The logits come out divided
-    by the temperature, soft-capped ones too: cap / T * tanh(scale / T * x / (cap / T)) is cap * tanh(scale * x / cap) / T."""
+def output_head(model, temperature: float = 1.0):
+    """-> (weight (V, d), bias, scale, softcap) for `head_logits`, in the compute dtype. Logits
+    come out divided by temperature: cap / T * tanh(scale / T * x / (cap / T))."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)  # Cohere, Granite
+    scale = float(getattr(config, "logit_scale", None) or 1)  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    # autocast would cast the weight anew for every chunk: cast it once, here
-    kind = head.weight.device.type
+    kind = head.weight.device.type  # autocast would cast the weight again for every chunk
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = None if head.bias is None else head.bias.to(dtype)
     return head.weight.to(dtype), bias, scale / temperature, softcap and softcap / temperature
 
 
-def target_logps(model, input_ids, targets, target_index, documents=None, temperature=1.0, **inputs) -> torch.Tensor:
-    """log p of each target token in nats, called as `model.target_logps(**batch)` with a batch of `Corpus.collate`.
+def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inputs):
+    """log p of each target token in nats, called as `model.target_logps(**batch)`.
 
-    input_ids (B, T). target_index (N,): positions in the flattened (B * T,) whose next token is targets (N,). Whatever else
-    is given (attention_mask, position_ids, inputs_embeds ...) goes to the backbone. The distribution is softmax(logits / temperature).
-    -> (N,) float32, differentiable.
+    input_ids (B, T). target_index (N,): positions in the flattened (B * T,) whose next token is
+    in targets (N,). Other inputs (stretches, position_ids, attention_mask ...) go to the
+    backbone. The distribution is softmax(logits / temperature). -> (N,) float32, differentiable.
     """
-    if model.config._attn_implementation == "documents":
-        inputs["documents"] = documents
-    hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
-    hidden = hidden.flatten(0, 1).index_select(0, target_index)  # the head runs on positions that predict a target: (N, d)
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    hidden = hidden.flatten(0, 1).index_select(0, target_index)  # (B, T, d) -> (N, d)
     weight, bias, scale, softcap = output_head(model, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearLogps.apply(hidden.to(weight.dtype), weight, bias, targets, scale, softcap)
 
 
-@torch.no_grad()
-def check_head(model, exact: bool) -> None:
-    """Refuse a model whose own logits are not what `target_logps` makes of its head (other scalings, further layers)."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear):
-        raise UserError(f"{type(model).__name__} has no linear output head, which the loss here needs")
-    ids = torch.arange(5, 17, device=head.weight.device)[None]
-    model.eval()
-    with attention(model, model.padded_attention):
-        expected = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        ours = model.target_logps(ids, ids[0, 1:], torch.arange(11, device=ids.device))
-    if not torch.allclose(ours, expected, rtol=0, atol=1e-3 if exact else 0.1):
-        raise UserError(f"{type(model).__name__} changes its logits in a way that is not known here: off by {(ours - expected).abs().max():.3g} nats")
+# --------------------------------------------------------------------------------- 8. Saving
 
 
-def model_inputs(batch: dict) -> dict:
-    """What of a batch the model itself takes: preference data brings more."""
-    return {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask", "documents") if name in batch}
+def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str], list[str]]:
+    """-> (names of the linear layers to adapt, the names of all but the output head).
+
+    targets: "all-linear"; names with commas between them, each the end of a layer's name; or
+    one regular expression for whole names, as in PEFT. Every name must match.
+    """
+    head, linear = model.get_output_embeddings(), nn.Linear
+    layers = [name for name, m in model.named_modules() if isinstance(m, linear) and m is not head]
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no nn.Linear layers (GPT-2's Conv1D is none)")
+    names = [name.strip() for name in targets.split(",")]
+    found = {
+        name: [layer for layer in layers if f".{layer}".endswith(f".{name}")] for name in names
+    }
+    if targets.strip() == "all-linear":
+        found = {targets: layers}
+    elif re.search(r"[*+?|()\[\]^$\\]", targets):
+        found = {targets: [layer for layer in layers if re.fullmatch(targets, layer)]}
+    if missing := [name for name in found if not found[name]]:
+        known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+        raise UserError(f"{flag}: {missing[0]!r} matches no linear layer; there are {known}")
+    chosen = set().union(*found.values())
+    return [layer for layer in layers if layer in chosen], layers
 
 
-# --------------------------------------------------------------------------------------------------------- 8. Files
+def add_adapter_flags(parser, prefix: str = "", rank: int = 16) -> None:
+    """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
+    add = parser.add_argument_group("LoRA").add_argument
+    zero = "; 0 trains every parameter" if prefix else ""
+    add(f"--{prefix}rank", dest="rank", type=int, default=rank, help=f"rank of the update{zero}")
+    add(
+        f"--{prefix}alpha", dest="alpha", type=float, default=32.0, help="scales it by alpha / rank"
+    )
+    add(f"--{prefix}dropout", dest="dropout", type=float, default=0.0, help="on the update's input")
+    where = "layers to adapt: all-linear (but the head), q_proj,v_proj or a regular expression"
+    add("--targets", default="all-linear", help=where)
+    start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
+    add("--adapter", metavar="FOLDER", help=start)
+    add("--shard", action="store_true", help="under torchrun, each rank has a part of the weights")
+    if not prefix:
+        merge = "add --adapter to --model, save the merged model in --output, and exit"
+        add("--merge-only", action="store_true", help=merge)
 
 
-def unsharded(value):
-    """A parameter or an optimizer state, gathered from all ranks if it is sharded; on the CPU, and on rank 0 alone."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return whole.detach().cpu().contiguous() if rank() == 0 else None
+def add_adapter(model, args, layer, device) -> dict:
+    """Freeze the model and put layer(linear, rank, alpha, dropout) around every target, or as
+    --adapter has it, with its tensors. -> what trains, as fields of PEFT's LoraConfig"""
+    targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
+    if args.adapter:
+        config, tensors = load_adapter(args.adapter, model, "LORA")
+        rank, alpha = config["r"], float(config["lora_alpha"])
+        if config.get("use_rslora"):  # alpha / sqrt(r) is alpha * sqrt(r) / r
+            alpha *= math.sqrt(rank)
+        names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
+        targets, flag = ",".join(names), f"--adapter {args.adapter}"
+    adapted, layers = find_targets(model, targets, flag)
+    model.requires_grad_(False)
+    for name in adapted:
+        new = layer(model.get_submodule(name), rank, alpha, args.dropout)
+        model.set_submodule(name, new)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.data = p.data.to(device)
+    odd = trained.keys() ^ tensors.keys() if args.adapter else ()
+    if odd or any(trained[name].shape != x.shape for name, x in tensors.items()):
+        raise UserError(f"--adapter {args.adapter} does not fit this model: {sorted(odd)[:1]}")
+    for name, tensor in tensors.items():
+        trained[name].data.copy_(tensor)
+    for p in trained.values() if RANKS > 1 else ():  # GPUs may differ in random numbers
+        dist.broadcast(p.data, 0)
+    total, count = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained.values()))
+    say(f"{count:,} of {total:,} parameters train ({count / total:.2%}), in {len(adapted)} layers")
+    short = {name.rpartition(".")[2] for name in adapted}
+    unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
+            "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
 
 
-def sync(*paths: Path) -> None:
-    """Wait until files, and the names in folders, are on the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def whole(tensor):
+    """A sharded tensor, gathered from all ranks; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@contextmanager
-def unfinished(folder: Path):
-    """-> a temporary folder in the folder, for the time of a with block. Nothing stays of it where something cannot be written."""
-    temporary = folder / ".unfinished"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+def fingerprint(model) -> str:
+    """A hash that identifies a base model: its sizes, and the first and last 64 rows of its
+    input embedding in bfloat16."""
+    names = "model_type vocab_size hidden_size intermediate_size num_hidden_layers".split()
+    sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
+    weight = whole(model.get_input_embeddings().weight.detach())
+    rows = torch.cat([weight[:64], weight[-64:]]).to(torch.bfloat16).cpu().view(torch.int16)
+    return hashlib.sha256(json.dumps(sizes).encode() + rows.numpy().tobytes()).hexdigest()[:32]
+
+
+def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """-> (config, tensors by parameter name) of an adapter, ours or PEFT's. Refused if it was
+    trained on another base, or has parts that these scripts do not train."""
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if type(error) in (Exception, RuntimeError, safetensors.SafetensorError):  # of tokenizers, torch, safetensors: a full disk
-            raise OSError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from error
-        raise
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        with safetensors.safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            base = (file.metadata() or {}).get("base_fingerprint")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"--adapter {folder} cannot be read: {error}") from error
+    if config.get("peft_type") != peft_type:
+        raise UserError(f"--adapter {folder} is {config.get('peft_type')}, not {peft_type}")
+    beyond = """use_dora fan_in_fan_out rank_pattern alpha_pattern modules_to_save target_parameters
+    trainable_token_indices layer_replication alora_invocation_tokens lora_bias""".split()
+    unknown = [key for key in beyond if config.get(key)]
+    unknown += ["bias"] if config.get("bias", "none") != "none" else []
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
+        unknown.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
+    if unknown:
+        raise UserError(f"--adapter {folder} has {', '.join(unknown)}, unknown to this script")
+    if base is None:
+        say(f"{folder} names no base fingerprint: assuming that it belongs to this model")
+    elif base != fingerprint(model):
+        name = config.get("base_model_name_or_path")
+        raise UserError(f"--adapter {folder} was trained on another base: {name}")
+    return config, {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
 
 
-def result_files(folder: Path) -> list[Path]:
-    """What makes a folder a model or an adapter to other programs."""
-    patterns = ("adapter_config.json", "adapter_model.*", "config.json", "generation_config.json", "model.safetensors*", "model-*-of-*.safetensors")
+def save_adapter(args, model, tokenizer, config: dict, **metadata: str) -> None:
+    """What trains as an adapter folder in PEFT's form. config: fields of its config."""
+    trained = {name: whole(p.data) for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"base_model.model.{name}": p.cpu().contiguous() for name, p in trained.items()}
+    metadata |= {"format": "pt", "base_fingerprint": fingerprint(model)}
+    base = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    config = config | {"base_model_name_or_path": base, "inference_mode": True}
+
+    def write(folder: Path) -> None:
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
+        text = json.dumps({"task_type": "CAUSAL_LM"} | config, indent=2)
+        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        tokenizer.save_pretrained(folder)
+
+    write_result(Path(args.output), write)
+    say(f"the adapter is in {args.output}")
+
+
+def save_model(args, model, tokenizer, dtype: torch.dtype) -> None:
+    """A Hugging Face folder with weights in dtype, gathered on rank 0."""
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp.get_model_state_dict(model, options=options)
+    own = {
+        name for name, _ in [*model.named_parameters(), *model.named_buffers()]
+    }  # a tied head once
+    state = {
+        name: x.to(dtype) if x.is_floating_point() else x
+        for name, x in state.items()
+        if name in own
+    }
+    stop = stop_ids(model, tokenizer)
+    ids = {
+        "eos_token_id": stop if len(stop) > 1 else stop[0],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model.generation_config.update(**ids)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # some bases set a temperature but forget do_sample
+        model.generation_config.do_sample = True
+
+    def write(folder: Path) -> None:
+        with own_attention(model):  # other programs do not know ours
+            model.save_pretrained(folder, state_dict=state)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        tokenizer.save_pretrained(folder)
+
+    write_result(Path(args.output), write)
+    say(f"the model is in {args.output}")
+
+
+def results_in(folder: Path) -> list[Path]:
+    """Files that make a folder a model or an adapter to other programs."""
+    patterns = "adapter_* config.json generation_config.json model*.safetensors* *.jinja".split()
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
-def save_into(folder: Path, write, result: bool = False) -> None:
-    """write(temporary folder), then move its files into the folder: a run killed meanwhile leaves no half-written file. result: they are
-    a model or an adapter, and replace one of another kind, whose files would pass for part of it."""
-    with unfinished(folder) as temporary:
+def write_result(folder: Path, write) -> None:
+    """write(temporary folder) on rank 0, then move its files into the folder in place of an old
+    result. A run that is killed leaves no half-written file."""
+    temporary = folder / ".unfinished"
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         write(temporary)
-        sync(*temporary.rglob("*"), temporary)
-        for old in [*result_files(folder), folder / "chat_template.jinja"] if result else []:
-            if not (temporary / old.name).exists():
-                old.unlink(missing_ok=True)
-        for path in sorted(temporary.rglob("*")):
-            place = folder / path.relative_to(temporary)
-            place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
-        sync(folder)
-        shutil.rmtree(temporary)
+        for old in results_in(folder):
+            old.unlink()
+        os.umask(umask := os.umask(0))
+        for path in sorted(temporary.iterdir()):
+            path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
+            replace(path, folder / path.name)
+        temporary.rmdir()
+    if RANKS > 1:
+        dist.barrier()  # torchrun would end rank 0 when another rank is done
 
 
-def remove(folder: Path) -> None:
-    """Its name goes first: a run killed meanwhile leaves nothing half-deleted under a name that means it is whole."""
-    doomed = folder.with_name(".unfinished")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+def replace(temporary: Path, path: Path) -> None:
+    """Give a written file its name once it is on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def save_trained(folder: Path, model, tokenizer, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
-    """`save_model` of a model whose every parameter was trained, in dtype. Shards are gathered on rank 0."""
-    state = {}
-    for name, tensor in model.state_dict().items():  # one by one: never a second copy of all masters
-        whole = unsharded(tensor)
-        if rank() == 0:
-            state[name] = whole.to(dtype) if whole.is_floating_point() else whole
-    if rank() == 0:
-        with torch.device("meta"):  # a fresh model of the same class: FSDP2 has changed this one's
-            auto_class = transformers.AutoModelForCausalLM if model.get_output_embeddings() else transformers.AutoModelForSequenceClassification
-            fresh = auto_class.from_config(model.config, trust_remote_code=trust_remote_code)
-        fresh.load_state_dict(state, strict=False, assign=True)
-        fresh.tie_weights()
-        assert not any(p.is_meta for p in fresh.parameters())
-        fresh.padded_attention = model.padded_attention
-        if model.can_generate():
-            fresh.generation_config = model.generation_config
-        save_model(folder, fresh, tokenizer)
+# -------------------------------------------------------------------------------- 9. The run
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
-    """A Hugging Face folder: weights, config, tokenizer with its chat template, generation_config with the same eos."""
-    if rank() != 0:
+def check_output(args) -> None:
+    """Refuse an --output that holds an unfinished run or a result, unless told to go on."""
+    output, metrics = Path(args.output), Path(args.output) / "metrics.jsonl"
+    if output.resolve() in [Path(name).resolve() for name in (args.model, args.adapter) if name]:
+        raise UserError(f"--output {output} is what this run reads: choose another")
+    done = metrics.exists() and '{"done": true' in metrics.read_text(encoding="utf-8")
+    unfinished = checkpoints(args) or metrics.exists() and not done
+    if args.overwrite or args.resume and unfinished:
         return
-    if model.can_generate():  # a sequence classifier does not
-        stop = stop_ids(model, tokenizer)
-        model.generation_config.update(eos_token_id=stop if len(stop) > 1 else stop[0], pad_token_id=tokenizer.pad_token_id)
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:  # some bases set a temperature but forget do_sample, and would not be saved
-            model.generation_config.do_sample = True
-    with attention(model, model.padded_attention):  # other programs do not know ours
-        save_into(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)), result=True)
+    if unfinished:
+        choices = "--resume continues it, --overwrite replaces it"
+        raise UserError(f"--output {output} holds an unfinished run: {choices}")
+    if found := results_in(output):
+        raise UserError(f"--output {output} holds {found[0].name}: --overwrite replaces it")
 
 
-def save_adapter(args, model, tokenizer, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """adapter_config.json and adapter_model.safetensors in --output, in PEFT's form: config fields and keys are PEFT's."""
-    where = Path(args.output) / "base" if args.model == "random" else Path(args.model)
-    base = str(where.resolve()) if args.model == "random" or where.exists() else args.model  # a Hub name stays as it is
-    config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True, "base_fingerprint": model.base_fingerprint} | config
-
-    tensors_on_cpu = {name: unsharded(tensor) for name, tensor in tensors.items()}
-
-    def write(folder: Path) -> None:
-        safetensors.torch.save_file(tensors_on_cpu, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        tokenizer.save_pretrained(folder)
-
-    if rank() != 0:
-        return
-    save_into(Path(args.output), write, result=True)
-    if args.model == "random":
-        base = tiny_model()
-        base.padded_attention = base.config._attn_implementation
-        save_model(where, base, tokenizer)
-
-
-def check_lora_config(config: dict, named: str, trains: str) -> None:
-    """Refuse what PEFT's LoraConfig can ask for beyond y = W0 x + s B A x, but for what the script trains, and damaged sizes."""
-    for key in ("r", "lora_alpha"):
-        if type(config.get(key)) not in (int, float) or not 0 < config[key] < 2**20:
-            raise UserError(f"{named}: {key} in its adapter_config.json is {config.get(key)!r}")
-    beyond = ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "arrow_config",
-              "kasa_config", "monteclora_config", "use_bdlora", "velora_config")  # fmt: skip
-    unknown = [key for key in beyond if config.get(key) and key != trains] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian"):  # PiSSA and others change the base as well
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")
-    if unknown:
-        raise UserError(f"{named} uses {', '.join(unknown)}, which this script does not train")
-
-
-def load_adapter(folder: str, model, peft_type: str, flag: str = "--adapter", trains: str = "use_rslora") -> tuple[dict, dict[str, torch.Tensor]]:
-    """-> (config, tensors) of an adapter folder, ours or PEFT's. Refused if it was trained on another base. flag: what named the folder.
-    trains: the variant of LoRA that the script knows."""
-    try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        with with_data():
-            tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise UserError(f"{flag} {folder}: no readable adapter_config.json and adapter_model.safetensors in it: {error}")
-    if not isinstance(config, dict) or config.get("peft_type") != peft_type:
-        raise UserError(f"{flag} {folder}: not a {peft_type} adapter")
-    if scalars := [name for name, tensor in tensors.items() if tensor.dim() == 0]:
-        raise UserError(f"{flag} {folder}: {scalars[0]} is a single number, and no adapter's tensor")
-    if peft_type == "LORA":
-        check_lora_config(config, f"{flag} {folder}", trains)
-    if isinstance(model.get_input_embeddings().weight, FakeTensor):
-        return config, {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
-    if "base_fingerprint" not in config:
-        say(f"{flag} {folder} names no base fingerprint: it is taken on trust that it belongs to this model")
-    elif config["base_fingerprint"] != model.base_fingerprint:
-        raise UserError(f"{flag} {folder} was trained on another base than this model: on {config.get('base_model_name_or_path')}")
-    return config, tensors
-
-
-@torch.no_grad()
-def fill_adapter(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], folder: str, flag: str = "--adapter") -> None:
-    """Copy an adapter's tensors into the model's own, under PEFT's names. Every one must be there, and no other."""
-    odd = own.keys() ^ tensors.keys() or {name for name in own if own[name].shape != tensors[name].shape}
-    if odd:
-        raise UserError(f"{flag} {folder} does not fit this model: {min(odd)} is missing, unexpected, or of another shape")
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-
-
-def say_how_to_use(args, adapter: bool = True, script: str | None = "lora.py", options: str = "") -> None:
-    """The last lines of a run: where its result lies, and commands that use it as they stand. script: what merges the adapter,
-    None if nothing does. options: more of PEFT's from_pretrained."""
-    remote = ", trust_remote_code=True" * args.trust_remote_code
-    question = "'Hello'" if args.template == "none" else "[dict(role='user', content='Hello')]"
-    plain = "t.pipeline('text-generation', '{}'" + remote + f")({question}, max_new_tokens=50, do_sample=False)[0]['generated_text']"
-    plain += "[-1]" * (args.template != "none")  # the last message of the conversation
-    if not adapter:
-        say(f"""
-The model lies in {args.output}. Answer with it:
-  python -c "import transformers as t; print({plain.format(args.output)})\"""")
-        return
-    merged = f"{args.output}-merged"
-    again = ["python", script, "--model", f"{args.output}/base" if args.model == "random" else args.model, "--adapter", args.output]
-    again += ["--eval-fraction", "0", "--samples", "0", "--max-steps", "0", "--merge", "--output", merged]
-    again += ["--trust-remote-code"] * args.trust_remote_code
-    if args.template:
-        again += ["--template", "none" if args.template == "none" else f"{args.output}/chat_template.jinja"]
-    load = f"import peft, transformers as t; model = peft.AutoPeftModelForCausalLM.from_pretrained('{args.output}'{remote}{options})"
-    through_peft = plain.format(args.output).replace(f"'{args.output}'{remote}", f"model, tokenizer='{args.output}'")
-    say(f"""
-The adapter lies in {args.output}. Answer with it through PEFT (pip install peft):
-  python -c "{load}; print({through_peft})\"""")
-    if script is None:  # keys, values and embeddings in front of the text cannot be merged into weights
-        return
-    say(f"""\
-Merge it into its base, and answer with that, which needs no PEFT:
-  {shlex.join(again)}
-  python -c "import transformers as t; print({plain.format(f'{merged}/merged')})\"""")
-
-
-# ------------------------------------------------------------------------------------------------------- 9. The run
-
-
-def decay_groups(model, weight_decay: float) -> list[dict]:
-    """Optimizer groups: decay on matrices, none on biases and norms."""
+def decay_groups(model, args) -> list[dict]:
+    """Optimizer groups of what trains: weight decay on matrices, none on biases and norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [([p for p in trained if p.dim() >= 2], weight_decay), ([p for p in trained if p.dim() < 2], 0.0)]
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    matrices, vectors = ([p for p in trained if (p.dim() > 1) == kind] for kind in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}]
+    return groups + ([{"params": vectors, "weight_decay": 0.0}] if vectors else [])
 
 
 def learning_rate(step: int, total: int, args) -> float:
-    """Of the update that ends step + 1: a linear warmup whose first update is not wasted at 0, then the schedule."""
+    """Of update `step`, from 1: linear warmup, whose first update is not at 0, then a cosine."""
     warmup = math.ceil(args.warmup_ratio * total)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return args.lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[args.schedule]
+    if step <= warmup:
+        return args.lr * step / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (total - warmup)))
 
 
-def sum_gradients(parameters: list) -> None:
-    """Under torchrun: the sum of all ranks' gradients of replicated parameters, in one message. FSDP2 has summed its own."""
-    replicated = [p for p in parameters if not isinstance(p, DTensor)]
-    if world_size() == 1 or not replicated:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in replicated])
-    dist.all_reduce(flat)
-    for p, gradient in zip(replicated, flat.split([p.numel() for p in replicated])):
-        p.grad = gradient.view_as(p).to(p.dtype)
+def sum_gradients(model) -> None:
+    """Sum replicated parameters' gradients over ranks, in one message (FSDP2 sums its own), and
+    fail if a trainable parameter got none."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if lost := [name for name, p in trained.items() if p.grad is None]:
+        raise UserError(f"{len(lost)} trainable parameters get no gradient, {lost[0]} first")
+    replicated = [p for p in trained.values() if not isinstance(p, DTensor)]
+    if RANKS > 1 and replicated:
+        flat = sum_over_ranks(torch.cat([p.grad.flatten() for p in replicated]))
+        parts = flat.split([p.numel() for p in replicated])
+        for p, gradient in zip(replicated, parts):
+            p.grad.copy_(gradient.view_as(p))
 
 
-def check_gradients(model) -> None:
-    """After a backward pass: a trained parameter without a gradient would stay as it is for ever."""
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if lost:
-        raise UserError(f"{len(lost)} trainable parameters get no gradient, the first of them {lost[0]}")
-
-
-def over_ranks(value: float, op=dist.ReduceOp.SUM) -> float:
-    """Sum (or other reduction) of a number over all ranks."""
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(tensor, op)
-    return tensor.item()
+def sum_over_ranks(tensor):
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @contextmanager
 def evaluating(model):
-    """No dropout and no gradients, for the time of a with block."""
-    was_training = model.training
+    """No dropout and no gradients, temporarily."""
     model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # after a forward pass without a backward, its own parameters would stay gathered
-
-
-def corpus_means(model, corpus: Corpus, sums) -> dict[str, float]:
-    """sums(batch) -> named sums over a batch; here the same over a whole corpus, divided by what its loss is the mean over."""
-    with evaluating(model):
-        parts = [sums(batch) for batch in corpus.deal(corpus.rows())]  # read at the end, all at once
-    totals = {name: math.fsum(torch.stack([part[name] for part in parts]).tolist()) for name in parts[0]}
-    return {name: over_ranks(total) / corpus.count(corpus.rows()) for name, total in totals.items()}
+    with torch.no_grad():
+        yield
+    model.train()
+    if isinstance(model, fsdp.FSDPModule):
+        model.reshard()  # after a forward pass without a backward
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Tokens that end an answer: the tokenizer's eos, the model's own, and the chat template's end of turn."""
+    """Tokens that end an answer: the template's end of turn, the tokenizer's eos, the model's."""
     own = model.generation_config.eos_token_id
-    stop = [tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])]
+    stop = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     if tokenizer.chat_template:
-        ids, _, end = answer_span(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        stop = [ids[end - 1]] * (ids[end - 1] in tokenizer.all_special_ids) + stop
-    return list(dict.fromkeys(stop))
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids, marks = tokenize(tokenizer, *render_answers(tokenizer, turns, None, [1])[0])
+        last = ids[np.flatnonzero(marks)[-1]]
+        if tokenizer.convert_ids_to_tokens(last) in special_tokens(tokenizer):
+            stop = [last, *stop]
+    return [token for token in dict.fromkeys(stop) if token is not None]
 
 
-def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens: int = 128) -> list[str]:
-    """Greedy answers to prompts (token ids), in one left-padded batch. `generate` derives position_ids from the mask."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    settings = transformers.GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, use_cache=True,
-                                             eos_token_id=stop_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    with evaluating(model), attention(model, model.padded_attention):
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=world_size() > 1)
+def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens=128) -> list[str]:
+    """Greedy answers to prompts (token ids), in one left-padded batch."""
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    config = transformers.GenerationConfig(**settings, eos_token_id=stop_ids(model, tokenizer))
+    options = {"attention_mask": mask, "generation_config": config, "synced_gpus": RANKS > 1}
+    with evaluating(model), own_attention(model):
+        out = model.generate(input_ids=ids, **options)
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
-def samples(model, tokenizer, corpus: Corpus, count: int) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first documents; raw text is continued from its middle."""
-    prompts, references, answers = [], [], []
-    documents = [document for row in corpus.rows() for document in (row if corpus.answers is None else row[:1])]
-    for document in documents[:count]:
-        ids, marks = corpus.table[document]["input_ids"].tolist(), corpus.table[document]["is_target"].astype(np.int8)
-        starts = np.flatnonzero(np.diff(marks) == 1) + 1  # where answers begin
-        start = int(starts[-1]) if starts[-1] > 1 else len(ids) // 2
-        prompts.append(ids[:start])
-        references.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
-    size = max(1, min(32, 8192 // (128 + max(map(len, prompts), default=0))))  # a 7B keeps 0.5 MiB of keys and values for each token
-    for first in range(0, len(prompts), size):
-        answers += generate(model, tokenizer, prompts[first : first + size], corpus.device)
-    return [(tokenizer.decode(p, skip_special_tokens=True), a, r) for p, a, r in zip(prompts, answers, references)]
+class Log:
+    """The progress bar, metrics.jsonl and signals.
 
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak GiB allocated on a CUDA device; elsewhere, the most the process has held in host memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def sharded_like(p, value):
-    """The inverse of `unsharded`: this rank's part of a tensor of p's shape, placed as p is."""
-    if not isinstance(p, DTensor) or not isinstance(value, torch.Tensor) or value.shape != p.shape:
-        return value
-    part, rows = torch.empty_like(p, requires_grad=False), value.chunk(world_size())
-    part.to_local().copy_(rows[rank()] if rank() < len(rows) else value[:0])
-    return part
-
-
-claimed = {}  # --output folders of this process's runs, each with the handle that holds its lock until the run or the process ends
-
-
-def claim(args) -> None:
-    """Refuse an --output that another process of this machine writes to, that holds what this run reads or a run that is not finished,
-    or a model or an adapter that no run has written."""
-    output, folder = Path(args.output), Path(args.output).resolve()
-    for name in ("model", "adapter", "reward", "reference"):
-        path = getattr(args, name, None)
-        if path and Path(path).resolve() in (folder, folder / "merged"):
-            raise UserError(f"--output {output}: its result would replace --{name} {path}: choose another")
-    metrics = output / "metrics.jsonl"
-    if not metrics.exists() and not checkpoints(output) and (found := [*result_files(output), *output.glob("merged")]):
-        raise UserError(f"{output} holds {found[0].name}, and no metrics.jsonl of a run that wrote it: choose another --output")
-    if rank() == 0 and folder not in claimed:
-        output.mkdir(parents=True, exist_ok=True)
-        handle = os.open(output, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise UserError(f"another process writes to {output}: wait for its end, or choose another --output")
-        except OSError:  # a file system without locks
-            pass
-        claimed[folder] = handle
-    before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
-    if checkpoints(output) and not args.resume and '{"done": true' not in before:
-        raise UserError(f"{output} holds a run that is not finished: --resume it, delete it, or choose another --output")
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, oldest first: a folder gets its name only when everything in it is on the disk."""
-    return sorted((output / "checkpoint").glob("step-" + 8 * "[0-9]"))
-
-
-class Run:
-    """The bookkeeping of a run: where it stands, what it logs, what it saves. Two places in --output:
-
-    metrics.jsonl   a line for the run, one for each logged step and each evaluation, and a last one {"done": true}
-    checkpoint/     step-N folders, the last --keep complete ones: trained weights, optimizer, state, SHA-256 of each file
+    metrics.jsonl has a line for the run, one for every step and evaluation, and a last one
+    {"done": true}. `write` is where TensorBoard or W&B would be called.
     """
 
-    # Flags that may differ on --resume. The base model, the data, the adapter and the rows of a step are compared by content.
-    MAY_DIFFER = {
-        "model", "data", "eval_data", "output", "resume", "inspect", "samples", "exact_match", "log_every", "eval_every", "save_every", "keep",
-        "batch_size", "grad_accum", "gradient_checkpointing", "checkpoint_blocks", "merge", "merge_base", "adapter", "offload", "shard",
-        "trust_remote_code", "compile", "estimate", "patience",
-    }  # fmt: skip
+    READ_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits
 
-    FILES = ("weights.safetensors", "optimizer.pt", "state.json")  # of a checkpoint, beside manifest.json with their checksums
-    STATE = ("step", "tokens", "window", "window_count", "eval_loss", "best_loss", "stale", "own")  # what a checkpoint keeps of the run itself
-
-    def __init__(self, args, model, tokenizer, optimizers: list, corpus: Corpus, evaluation: Corpus | None, measure=None, show=None):
-        """measure() -> named held-out figures, "loss" among them for --patience; default: the targets' negative log-likelihood.
-        show() -> held-out examples, (prompt, answer, reference) each; default: answers to held-out prompts."""
-        self.measure = measure or (lambda: corpus_means(model, evaluation, lambda batch: {"loss": -model.target_logps(**batch).sum()}))
-        self.show = show or (lambda: samples(model, tokenizer, evaluation or corpus, max(args.samples, args.exact_match)))
-        self.args, self.model, self.tokenizer, self.optimizers, self.device = args, model, tokenizer, optimizers, corpus.device
-        self.corpus, self.evaluation, self.output, self.total_steps = corpus, evaluation, Path(args.output), len(corpus.plan())
-        if args.estimate:
-            self.step = 1  # past the checks of step 0
-            return
-        if self.total_steps == 0 and args.max_steps is None:
-            raise UserError(f"--data {' '.join(args.data)}: with these weights, {args.epochs} epochs are not one row")
-        claim(args)
-        self.step = self.tokens = self.window_count = 0  # the window is what came since the last logged step
-        self.window, self.unread, self.eval_loss, self.signal, self.asked, self.peak = {}, [], None, None, 0.0, None
-        self.best_loss, self.stale = None, 0  # the least held-out loss, and evaluations since
-        self.own = {}  # numbers by name that a script keeps over a restart
-        self.trained = {p: name for name, p in model.named_parameters() if p.requires_grad}  # now, as FSDP2 swaps them later
-        self.identity = self.what_must_not_differ()
-        self.metrics = self.output / "metrics.jsonl"
-        if world_size() > 1:
-            seen = [None] * world_size()
-            dist.all_gather_object(seen, [self.identity, [path.name for path in checkpoints(self.output)[-1:] if args.resume], self.device.type])
-            if any(other != seen[0] for other in seen):  # they would wait for each other, or train different things
-                raise UserError("the ranks see different data, models, devices or checkpoints: --model, --data and, with --resume, --output "
-                                "must be shared")  # fmt: skip
-        resumed = args.resume and self.load_checkpoint()
-        if rank() == 0:
-            self.open_metrics(resumed)
+    def __init__(self, args, run: dict, total: int, device):
+        """run: see `load_checkpoint`. total: steps of the whole run."""
+        self.args, self.run, self.total, self.device = args, run, total, device
+        self.path, self.unread, self.signal = Path(args.output) / "metrics.jsonl", [], 0
+        lines = []
+        if RANK == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if (
+                run["step"] and self.path.exists()
+            ):  # after --resume: without torn lines and those past the checkpoint
+                lines = [x for x in self.path.read_text("utf-8").splitlines() if x.endswith("}")]
+                lines = [x for x in lines if json.loads(x).get("step", 0) <= run["step"]]
+            rewritten = self.path.with_suffix(".unfinished")
+            rewritten.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            replace(rewritten, self.path)
+        if not lines:
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            self.write(run={"script": sys.argv[0], "args": vars(args), "ranks": RANKS} | versions)
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self.on_signal)
-        self.started, self.before = time.perf_counter(), []
-        self.bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=rank() != 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
-
-    def what_must_not_differ(self) -> dict:
-        """On --resume: the base model, the data, the rows of a step, where an adapter began, and all flags but MAY_DIFFER."""
-        documents = [self.corpus.digests, [(len(part), weight) for part, weight in self.corpus.sources]]
-        identity = {"base model": self.model.base_fingerprint, "data": documents, "rows a step": self.corpus.rows_per_step}
-        identity |= {self.args.flags.get(name, name): value for name, value in vars(self.args).items() if name not in self.MAY_DIFFER}
-        if getattr(self.args, "adapter", None):  # where training began is the reference of some losses
-            identity["adapter"] = file_digest(Path(self.args.adapter) / "adapter_model.safetensors")
-        return json.loads(json.dumps(identity))  # tuples to lists, as they come back from the file
-
-    def open_metrics(self, resumed: bool) -> None:
-        """Begin metrics.jsonl; on --resume cut it back to the checkpoint, so that no step stands in it twice."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        for folder in (self.output, self.output / "checkpoint"):
-            shutil.rmtree(folder / ".unfinished", ignore_errors=True)
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if resumed and self.metrics.exists() else []
-        entries = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # torn when a disk was full or the power failed
-                continue
-            if "run" in entry or "done" not in entry and entry["step"] <= self.step:
-                entries.append(entry)
-        self.remove_old()  # a run may have been killed before it could
-        if not resumed and (self.output / "checkpoint").exists():
-            remove(self.output / "checkpoint")  # of a finished run: see claim
-        if not entries:
-            trainable, parameters = count_parameters(self.model)
-            command = ["git", "rev-parse", "HEAD"]
-            commit = shutil.which("git") and subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-            entries = [{"run": {
-                "script": Path(sys.argv[0]).name, "args": vars(self.args), "git_commit": commit or None, "world_size": world_size(),
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
-                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"{self.device.type}, {torch.get_num_threads()} threads",
-                "trainable_parameters": trainable, "total_parameters": parameters,
-            }}]  # fmt: skip
-        temporary = self.metrics.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-        os.replace(temporary, self.metrics)
-
-    def write(self, **entry) -> None:
-        if rank() == 0:
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        options = {"disable": RANK > 0, "mininterval": 0.5 if sys.stderr.isatty() else 10}
+        self.bar = tqdm(total=total, initial=run["step"], unit="step", **options)
+        self.clock, self.clock_tokens = time.perf_counter(), run["tokens"]
 
     def on_signal(self, kind: int, frame) -> None:
-        now = time.monotonic()
-        if self.signal is not None:
-            if now - self.asked > 3:  # asked twice: now. Less is one request: a scheduler's, say, that torchrun passes on as well
-                sys.exit(128 + kind)
-            return
-        self.signal, self.asked = kind, now
-        if rank() == 0:
-            with suppress(OSError):  # not by print, which this may have interrupted
-                os.write(2, b"\na signal: the run ends after this step with a checkpoint, or with its result if no step is left; "
-                            b"a second signal, 3 seconds later, ends it at once\n")
+        self.signal = kind
+        signal.signal(kind, signal.SIG_DFL)  # a second one ends the run at once
 
-    def stop_signal(self) -> int:
-        """The signal that any rank has got, or 0. One that comes later is for the next step: if ranks did not agree, those that go on
-        would wait for the others for ever."""
-        return int(over_ranks(self.signal or 0, dist.ReduceOp.MAX))
+    def stopped(self) -> int:
+        """The signal that any rank has got, or 0. All ranks must ask."""
+        agreed = torch.tensor(self.signal)  # on the CPU: the GPU does not wait
+        if RANKS > 1:
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return int(agreed)
 
-    def begin(self) -> None:
-        """Held-out loss and samples before the first step; from here on the clock runs."""
-        self.model.train()
-        if self.args.estimate:
-            return
-        if self.step == 0:
-            self.evaluate()
-            self.before = self.show()
-            self.measure_answers(self.before)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # what --estimate estimates: training, without answers to prompts
-        self.clock, self.clock_tokens = time.perf_counter(), self.tokens
+    def write(self, **entry) -> None:
+        if RANK == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def evaluate(self) -> None:
-        if self.evaluation is None:
-            return
-        means = self.measure()
-        self.eval_loss = means.get("loss")
-        means |= {"perplexity": math.exp(min(self.eval_loss, 700))} if means.keys() == {"loss"} else {}
-        self.write(step=self.step, **{name if name == "perplexity" else f"eval_{name}": value for name, value in means.items()})
-        say(f"step {self.step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
-        if self.args.patience:
-            better = self.best_loss is None or self.eval_loss < self.best_loss
-            self.best_loss, self.stale = (self.eval_loss, 0) if better else (self.best_loss, self.stale + 1)
-            if better:
-                self.save_best()
-
-    def end_step(self, epoch: float, sums: dict[str, torch.Tensor], tokens: int, count: int, lr: float, grad_norm: torch.Tensor | None) -> None:
-        """Log, evaluate, save where due.
-
-        sums: named sums over this rank's part of the step, "loss" first; logged is their sum over ranks and over the steps
-        since the last logged one, divided by the sum of count, what the loss is the mean over. tokens, count: of all ranks.
-        sums and grad_norm stay on the device until a step is logged, so that the host never waits for the GPU in between.
-        """
-        if self.args.estimate:
-            return
-        self.step, self.tokens, self.window_count = self.step + 1, self.tokens + tokens, self.window_count + count
-        self.unread.append(torch.stack([value.detach().float() for value in sums.values()]))
+    def step_done(self, examples: dict, loss, lr: float, grad_norm=None) -> None:
+        """loss: this rank's part, a tensor; logged is the sum over ranks."""
+        self.run["step"] += 1
+        self.run["tokens"] += sum(map(len, examples["input_ids"]))
+        norm = torch.zeros_like(loss) if grad_norm is None else whole(grad_norm)
+        self.unread.append((self.run["step"], self.run["tokens"], lr, loss, norm))
         self.bar.update()
-        stop = self.stop_signal()
-        last = self.step == self.total_steps
-        log, evaluate, save = (last or self.step % n == 0 for n in (self.args.log_every, self.args.eval_every, self.args.save_every))
-        if not (log or evaluate or save or stop):
+        if self.run["step"] % self.READ_EVERY == 0 or self.run["step"] == self.total:
+            self.read()
+
+    def read(self) -> None:
+        """Write what is unread. A loss or a gradient norm that is not finite ends the run."""
+        if not self.unread:
             return
-        for values in torch.stack(self.unread).tolist():  # one by one, so that a checkpoint inside a window changes no bit
-            self.window = {name: self.window.get(name, 0.0) + over_ranks(value) for name, value in zip(sums, values)}
-        self.unread, norm = [], None
-        if grad_norm is not None:
-            norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
-        if not math.isfinite(self.window["loss"]) or not math.isfinite(norm or 0):  # nothing was saved since the bad step
-            self.stop_not_finite(f"the loss or the gradient norm ({norm})")
-        if log:
-            means, now = {name: value / self.window_count for name, value in self.window.items()}, time.perf_counter()
-            speed = (self.tokens - self.clock_tokens) / (now - self.clock)
-            self.peak = peak_memory_gib(self.device)
-            self.write(step=self.step, epoch=round(epoch, 4), **means, lr=lr, grad_norm=norm, tokens=self.tokens,
-                       tokens_per_second=round(speed, 1), peak_memory_gib=round(self.peak, 3))  # fmt: skip
-            self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            self.window, self.window_count, self.clock, self.clock_tokens = {}, 0, now, self.tokens
-        if last:
-            self.bar.close()
-        paused = time.perf_counter()
-        if evaluate:
-            self.evaluate()
-            stop = self.stop_signal()  # it may have taken long
-        if save or stop or self.enough():
-            self.save_checkpoint()
-        if stop:
-            if world_size() > 1:  # torchrun stops all when one rank ends, and rank 0 may still be writing
-                dist.barrier()
-            self.bar.close()
-            say(f"stopped by a signal after step {self.step}: --resume goes on from here")
-            sys.exit(128 + stop)
-        self.clock += time.perf_counter() - paused  # tokens a second are of training alone
+        steps, tokens, rates, losses, norms = zip(*self.unread)
+        losses = sum_over_ranks(torch.stack(losses)).tolist()
+        norms = torch.stack(norms).tolist()
+        speed = (tokens[-1] - self.clock_tokens) / (time.perf_counter() - self.clock)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of the process
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        more = {"tokens_per_second": round(speed), "peak_memory_gib": round(memory / 2**30, 3)}
+        for step, count, lr, loss, norm in zip(steps, tokens, rates, losses, norms):
+            if not math.isfinite(loss + norm):
+                stop_not_finite(self.args, f"step {step}: loss {loss}, gradient norm {norm}")
+            self.write(step=step, loss=loss, grad_norm=norm or None, lr=lr, tokens=count, **more)
+        self.unread = []
+        self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self.clock, self.clock_tokens = time.perf_counter(), tokens[-1]
 
-    def stop_not_finite(self, what: str):
-        raise UserError(f"step {self.step}: {what} is not finite; {self.last_good()}. Try a lower --lr, or --dtype float32")
+    def evaluation(self, **values: float) -> None:
+        """Held-out figures, such as loss in nats a token."""
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+        say(f"step {self.run['step']}: held-out {shown}")
+        self.write(step=self.run["step"], **{f"eval_{key}": x for key, x in values.items()})
+        self.clock = time.perf_counter()
 
-    def last_good(self) -> str:
-        """For messages of a run that has gone wrong."""
-        complete = checkpoints(self.output)
-        return f"the last good checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
+    def done(self) -> None:
+        """The end of the run: everything is written, checkpoints can go."""
+        self.write(done=True, step=self.run["step"], tokens=self.run["tokens"])
+        if RANK == 0:
+            shutil.rmtree(self.path.parent / "checkpoint", ignore_errors=True)
 
-    def save_checkpoint(self) -> None:
-        """Everything by parameter name and unsharded, so that any number of ranks can load it; then the oldest beyond --keep go."""
-        weights = {name: unsharded(p) for p, name in self.trained.items()}
-        states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
-        optimizer = {self.trained[p]: {key: unsharded(value) for key, value in state.items()} for p, state in states}
-        random = [(torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None)] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(random, random[0])
-        if rank() != 0:
-            return
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():  # after a gradient whose norm nothing has read
-                self.stop_not_finite(name)
-        state = {name: getattr(self, name) for name in self.STATE} | {"identity": self.identity}
-        folder = self.output / "checkpoint"
-        with unfinished(folder) as temporary:
-            safetensors.torch.save_file(weights, temporary / "weights.safetensors")
-            torch.save({"optimizer": optimizer, "random": random}, temporary / "optimizer.pt")
-            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            (temporary / "manifest.json").write_text(json.dumps({name: file_digest(temporary / name) for name in self.FILES}))
-            sync(*temporary.iterdir(), temporary)
-            os.replace(temporary, folder / f"step-{self.step:08d}")
-            sync(folder)
-        self.remove_old()
 
-    def remove_old(self) -> None:
-        for old in checkpoints(self.output)[: -self.args.keep]:
-            remove(old)
+def checkpoints(args) -> list[Path]:
+    return sorted(Path(args.output).glob("checkpoint/step-*.pt"))
 
-    def enough(self) -> bool:
-        return bool(self.args.patience) and self.stale >= self.args.patience
 
-    def steps(self):
-        """`Corpus.steps` from where the run stands, until --patience has run out. Then the best weights are taken back."""
-        if self.args.estimate:
-            with with_data():
-                micro_batches = self.corpus.largest()
-            yield from self.args.estimate.steps(self.model, self.optimizers, micro_batches)
-        for step in self.corpus.steps(self.step):
-            if self.enough():
-                say(f"step {self.step}: the held-out loss has not fallen for {self.stale} evaluations")
-                break
-            yield step
-        self.bar.close()
-        if self.args.patience and self.best_loss is not None and self.best_loss < self.eval_loss:
-            best = self.output / "checkpoint" / "best.safetensors"
-            if rank() == 0:
-                try:
-                    whole = json.loads(best.with_suffix(".json").read_text())["best.safetensors"] == file_digest(best)
-                except (OSError, ValueError, TypeError, KeyError):
-                    whole = False
-                if not whole:
-                    raise UserError(f"{best} is missing or damaged (its checksum does not match): --resume --patience 0 keeps the last weights")
-            self.load_weights(best)
-            say(f"taking back the weights with the least held-out loss, {self.best_loss:.4f}")
-            self.eval_loss = self.best_loss
+def stop_not_finite(args, what: str) -> None:
+    found = checkpoints(args)
+    last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    raise UserError(f"{what}: not finite; {last}. Try a lower --lr")
 
-    def save_best(self) -> None:
-        """The trained weights of the least held-out loss so far, for `steps` to take back."""
-        weights = {name: unsharded(p) for p, name in self.trained.items()}
-        if rank() == 0:
-            folder = self.output / "checkpoint"
-            folder.mkdir(parents=True, exist_ok=True)
 
-            def write(path: Path) -> None:
-                safetensors.torch.save_file(weights, path / "best.safetensors")
-                (path / "best.json").write_text(json.dumps({"best.safetensors": file_digest(path / "best.safetensors")}))
-
-            save_into(folder, write)
-
-    @torch.no_grad()
-    def load_weights(self, path: Path) -> None:
-        """Read by rank 0, sent to the others."""
-        weights = safetensors.safe_open(path, "pt") if rank() == 0 else None
-        for p, name in self.trained.items():
-            value = weights.get_tensor(name) if rank() == 0 else torch.empty(p.shape, dtype=p.dtype)
-            if world_size() > 1:
-                dist.broadcast(value, 0)
-            p.copy_(sharded_like(p, value))
-
-    def damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, None if every byte of it is as it was written. Only names in FILES are opened."""
+def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
+    """checkpoint/NAME.pt: whole tensors of what trains, so that any number of ranks can resume.
+    Atomic: a run that is killed leaves the old file or the new one. step-N replaces older ones."""
+    weights, states = dcp.get_state_dict(model, optimizers, options=SAVE)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    weights = {key: x for key, x in weights.items() if key in trained}  # no frozen tied head
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        stop_not_finite(args, f"step {run['step']}: weights")
+    path = Path(args.output) / "checkpoint" / f"{name}.pt"
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            digests = json.loads((folder / "manifest.json").read_text())
-            return next((f"{folder / name} is damaged: its checksum does not match" for name in self.FILES
-                         if file_digest(folder / name) != digests[name]), None)  # fmt: skip
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            return f"{folder / 'manifest.json'} is damaged: {error!r}"
-        except OSError as error:
-            return f"{folder} is damaged: {error}"
+            content = {"run": run, "model": weights, "optimizer": states}
+            torch.save(content, path.with_suffix(".unfinished"))
+        except RuntimeError as error:  # of torch, on a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
+        replace(path.with_suffix(".unfinished"), path)
+        for old in checkpoints(args)[:-1]:
+            old.unlink()
+    if RANKS > 1:
+        dist.barrier()
 
-    def load_checkpoint(self) -> bool:
-        """Go on from the last checkpoint, if every byte of it is as it was written and the run is the same."""
-        if not checkpoints(self.output):
-            say(f"--resume: no checkpoint in {self.output}, starting at step 0")
-            return False
-        *before, folder = checkpoints(self.output)
-        if damage := self.damage(folder):
-            way_out = f"go on from {before[-1].name}" if before else "begin anew: there is no other (--keep 2 would keep one more)"
-            raise UserError(f"--resume: {damage}. Delete {folder} to {way_out}")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or state.keys() != {*self.STATE, "identity"}:
-            raise UserError(f"--resume: {folder} was written by another version of common.py")
-        for name in self.identity | state["identity"]:
-            was, now = state["identity"].get(name), self.identity.get(name)
-            if was != now:
-                raise UserError(f"--resume: {name} is not what it was when {folder} was written" + (f": {was}, now {now}" if name[0] == "-" else ""))
-        try:  # read where it is used; a pickle of anything but tensors and plain values is not loaded
-            saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu", mmap=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise UserError(f"--resume: {folder / 'optimizer.pt'} is not what a run writes: {str(error).splitlines()[0]}")
-        self.load_weights(folder / "weights.safetensors")
-        for optimizer in self.optimizers:
-            restored, order = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
-            states = [(i, p, saved["optimizer"].get(self.trained[p])) for i, p in enumerate(order)]
-            restored["state"] = {i: {key: sharded_like(p, value) for key, value in state.items()} for i, p, state in states if state}
-            optimizer.load_state_dict(restored)
-            for values in optimizer.state.values():  # on a CPU they would stay mapped onto a file that the next checkpoint removes
-                values |= {key: x.clone() for key, x in values.items() if isinstance(x, torch.Tensor) and x.device.type == "cpu"}
-        random, cuda_random = saved["random"][rank() % len(saved["random"])]
-        torch.set_rng_state(random)
-        if cuda_random is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(cuda_random)
-        for name in self.STATE:
-            setattr(self, name, state[name])
-        say(f"resumed after step {self.step} from {folder}")
-        return True
 
-    def measure_answers(self, shown: list[tuple[str, str, str]]) -> None:
-        """--exact-match, of answers to held-out prompts."""
-        if self.args.exact_match and shown:
-            right = [answer.strip() == reference.strip() for _, answer, reference in shown[: self.args.exact_match]]
-            self.write(step=self.step, eval_exact_match=sum(right) / len(right))
-            say(f"step {self.step}: {sum(right)} of {len(right)} held-out answers are exactly the data's")
+# Flags that may not differ after --resume: they change the examples of a step or its update.
+FIXED = """batch_size epochs max_steps max_length lr warmup_ratio weight_decay max_grad_norm seed
+dtype system template rank alpha dropout targets optimizer step_in_backward pure_bfloat16 l2_sp
+loss_on neftune""".split()
 
-    def show_samples(self) -> None:
-        """Held-out prompts with the answers before and after training (after a --resume: only after), and the data's; then the
-        held-out figures before and after."""
-        after = self.show()
-        for n, (prompt, answer, reference) in enumerate(after[: self.args.samples]):
-            before = f"--- before ---\n{self.before[n][1].strip()}\n" if self.before else ""
-            say(f"\n--- held-out prompt {n + 1} ---\n{prompt.strip()}\n{before}--- after ---\n{answer.strip()}\n--- data ---\n{reference.strip()}")
-        say("")
-        self.measure_answers(after)
-        if rank() == 0:
-            lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
-            for name in dict.fromkeys(key for line in lines for key in line if key.startswith("eval_") or key == "perplexity"):
-                values = [line[name] for line in lines if name in line]
-                if len(values) > 1:
-                    say(f"{name:24} {values[0]:8.3f} before, {values[-1]:8.3f} after")
 
-    def finish(self) -> None:
-        """The last line of metrics.jsonl: everything that the run was to write has been written."""
-        self.bar.close()
-        if world_size() > 1:  # torchrun on another machine would wait for rank 0's result for five minutes only
-            dist.barrier()
-        if self.device.type == "cuda" and self.peak:
-            say(f"measured: {self.peak:.3f} GiB at most on the GPU while training; --estimate says what of")
-        self.write(done=True, step=self.step, eval_loss=self.eval_loss, tokens=self.tokens, seconds=round(time.perf_counter() - self.started, 1))
-        if handle := claimed.pop(self.output.resolve(), None):
-            os.close(handle)
+def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
+    """Load what `save_checkpoint` wrote, from rank 0, after its checksums. -> run"""
+    path = Path(args.output) / "checkpoint" / f"{name}.pt"
+    content = {"run": None, "model": {}, "optimizer": {}}
+    if RANK == 0:
+        try:
+            damaged = zipfile.ZipFile(path).testzip()
+            content = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged file fails in many ways
+            damaged = repr(error)
+        if damaged:
+            raise UserError(f"{path} is damaged ({damaged:.60}): --overwrite starts anew")
+    run = share(content["run"])
+    for key, now in fixed.items():
+        if run["fixed"].get(key) != now:
+            was = f", {now}, was {run['fixed'].get(key)}" if key[0] == "-" else ""
+            way_out = "To go on with other settings: --adapter OLD (or --model OLD) --output NEW"
+            raise UserError(f"--resume: {key} differs from the stopped run's{was}. {way_out}")
+    dcp.set_model_state_dict(model, content["model"], options=LOAD)
+    dcp.set_optimizer_state_dict(model, optimizers, content["optimizer"], options=LOAD)
+    return run
+
+
+def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dict:
+    """With --resume, continue from the newest checkpoint in --output.
+
+    -> run, which a checkpoint keeps: step and tokens so far, best_loss (held out) and best_step,
+    and in `fixed` what may not differ after --resume.
+    """
+    digests = np.asarray(train_set["digest"][:])[[n for step in steps for n in step]]
+    fixed = {f"--{key.replace('_', '-')}": x for key, x in vars(args).items() if key in FIXED}
+    fixed["the training data"] = hashlib.sha256(digests.tobytes()).hexdigest()
+    fixed["the base model"] = fingerprint(model)
+    found = share([path.stem for path in checkpoints(args)])
+    if args.resume and found:
+        run = read_checkpoint(args, found[-1], model, optimizers, fixed)
+        say(f"resumed after step {run['step']}")
+        return run
+    if RANK == 0:
+        shutil.rmtree(Path(args.output) / "checkpoint", ignore_errors=True)
+    return {"step": 0, "tokens": 0, "best_loss": math.inf, "best_step": 0, "fixed": fixed}
+
+
+def exit_stopped(step: int, kind: int) -> None:
+    """After the checkpoint that a signal asked for: exit with 130 (SIGINT) or 143 (SIGTERM)."""
+    say(f"stopped by a signal after step {step}: --resume continues from here")
+    sys.exit(128 + kind)

@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
+import common_before as common
 
 
 class ScaleRows(torch.autograd.Function):

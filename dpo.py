@@ -63,7 +63,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import common
+import common_before as common
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta: float, label_smoothing: float = 0.0):

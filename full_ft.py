@@ -1,90 +1,90 @@
-"""Full fine-tuning: train every parameter, on one device or sharded over many, and protect it from forgetting.
+"""Full fine-tuning: train every parameter, on one device or sharded over many.
 
-The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) on all N parameters,
+The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101),
 
-    m = b1 m + (1 - b1) g         v = b2 v + (1 - b2) g^2
-    w = w - lr ( m' / (sqrt(v') + eps) + decay w )          m' = m / (1 - b1^t),  v' = v / (1 - b2^t)
+    m = b1 m + (1 - b1) g              m' = m / (1 - b1^t)
+    v = b2 v + (1 - b2) g^2            v' = v / (1 - b2^t)
+    w = w - lr ( m' / (sqrt(v') + eps) + decay w )
 
-    w   the parameters       g   their gradient          m, v   running means of g and g^2, b1 = 0.9, b2 = 0.999, eps = 1e-8
-    t   the step, from 1     lr  --lr, scheduled         decay  --weight-decay, on tensors of 2 or more dimensions
+    w   the parameters       g   their gradient          m, v   running means of g and g^2
+    t   the step, from 1     lr  --lr, scheduled         decay  --weight-decay, of matrices alone
+    b1 = 0.9, b2 = 0.999, eps = 1e-8
 
-PyTorch has this update. What the script shows is where weights, gradients and states are kept, and in what precision (bytes per parameter):
+PyTorch has this update. The script shows where weights, gradients and states are kept, and in
+which precision (bytes per parameter):
 
-    mode                                weights   gradients   m and v   together   what it costs
-    float32 masters (default)              4          4          8         16      +2 between forward and backward on CUDA (bfloat16
-                                                                                   copies) without --gradient-checkpointing
-      --optimizer adamw8bit                4          4          2         10      states rounded to 8 bits in blocks of 256
-      --step-in-backward                   4         (4)         8         12      no accumulation, no global clipping
-    --offload                            host       host       host        ~0      each micro-batch sends every block to the GPU twice
-                                                                                   and its gradients back; AdamW runs on the CPU
-    torchrun, W ranks (FSDP2, ZeRO-3)     4/W        4/W        8/W       16/W     communication; plus one gathered block, embedding, head
-    --pure-bfloat16                        2          2          4          8      small updates vanish: see below
+    mode                              weights  gradients  m and v  together
+    float32 masters (default)            4         4         8        16
+      --optimizer adamw8bit              4         4         2        10    8-bit states
+      --step-in-backward                 4        (4)        8        12    one gradient at a time
+    --offload                           host      host      host      ~0    slow transfers
+    torchrun, W ranks (FSDP2)           4/W       4/W       8/W     16/W    ZeRO-3
+    --pure-bfloat16                      2         2         4         8    small updates vanish
       --optimizer adamw8bit
-      --step-in-backward                   2         (2)         2          4      the least that trains every parameter
-    Indented rows add their flag to the mode above them; the last two flags go together. --l2-sp adds w0: 4 (2 with --pure-bfloat16).
-    (n): one parameter's gradient at a time.
+      --step-in-backward                 2        (2)        2         4
+
+    Indented rows add their flag to the mode above. On CUDA the masters' bfloat16 copies take 2
+    more between forward and backward. --l2-sp adds the start w0: 4 (2 with --pure-bfloat16).
 
 Choices and departures from the papers
-  - Weights are float32 "masters": the forward pass computes in bfloat16 on a GPU, the updates are added in float32.
-  - Biases and norms never decay.
-  - Against forgetting, --l2-sp ALPHA adds ALPHA ||w - w0||^2 to the loss, which pulls towards the pretrained w0 (Li et al. 2018,
-    arXiv 1802.01483, without their factor 1/2 and without a term for new layers, as there are none); and replay mixes general
-    rows in: --data mine.jsonl general.jsonl:0.2. The penalty is added as a gradient alone: the logged loss is without it, clipping and
-    the gradient's norm are with it, and AdamW divides it by sqrt(v') like any gradient (unlike weight decay).
+  - Weights are float32 "masters": the forward pass computes in bfloat16 on a GPU, updates are
+    added in float32.
+  - Against forgetting, --l2-sp ALPHA adds ALPHA ||w - w0||^2 to the loss, which pulls towards the
+    pretrained w0 (Li et al. 2018, arXiv 1802.01483, without their factor 1/2). It is added as a
+    gradient: the logged loss is without it, the gradient's norm with it. Replay mixes general
+    rows in: --data mine.jsonl general.jsonl:0.2.
 
 Questions people ask
-  Why float32 masters?   bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about |w| / 512: add 1e-5 to
-                     every weight of SmolLM2-135M in bfloat16, and 98 % of them do not change. --pure-bfloat16 accepts that
-                     for the memory.
-  Sum or mean?       The mean over the target tokens of the whole optimizer step, over micro-batches and ranks. Each
-                     rank divides by the targets of all, and gradients are summed over ranks.
-  What is saved?     The weights in the dtype of the forward pass (bfloat16 on a GPU). float32 masters stay in checkpoint/.
-  Which rate?        1e-5 to 5e-5 are usual for pretrained models; LoRA takes ten times that. Measure yours.
+  Why masters?       bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about
+                     |w| / 512: at a rate of 1e-5, most weights would not move.
+  Sum or mean?       The loss is the mean over all target tokens of an optimizer step, over all
+                     forward passes and GPUs.
+  What is saved?     The weights in the dtype of the forward pass (bfloat16 on a GPU). float32
+                     masters are in checkpoint/ only.
+  Which rate?        1e-5 to 5e-5 for pretrained models; LoRA takes ten times that.
 
-Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.797 with --lr 5e-5 (README,
-Results).
-
-    python full_ft.py                                                  # the bundled model learns a task, in a minute
+    python full_ft.py                                           # the bundled model learns a task
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
     torchrun --nproc-per-node 8 full_ft.py --model BASE --data train.jsonl --gradient-checkpointing
 """
 
 import math
-from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from torch import nn
 
 import common
 
 
-def make_optimizer(groups, args):
-    """AdamW over parameters or groups of them: PyTorch's, or bitsandbytes' with 8-bit states, which may be paged."""
+def make_optimizer(parameters, args):
+    """AdamW: PyTorch's, or bitsandbytes' with 8-bit states, which may be paged."""
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+        return torch.optim.AdamW(parameters, lr=args.lr, fused=True)
     import bitsandbytes  # loads CUDA libraries, so only where it is asked for
 
-    kind = bitsandbytes.optim.AdamW8bit if args.optimizer == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
-    return kind(groups, lr=args.lr)
+    paged = args.optimizer == "paged_adamw8bit"
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    return kind(parameters, lr=args.lr)
 
 
 def add_l2_sp(parameters, start, alpha: float) -> None:
     """d/dw of alpha ||w - w0||^2 is 2 alpha (w - w0): added to the gradients, before clipping."""
-    for p, p0 in zip(parameters, start):
+    for p, p0 in zip(parameters, start, strict=True):
         p.grad.add_(p.detach() - p0, alpha=2 * alpha)
 
 
 def step_in_backward(parameters, start, args) -> list:
-    """One optimizer for each parameter, which steps as soon as the parameter's gradient is complete and then frees it: never
-    more than one gradient exists. So there is nothing to accumulate over micro-batches, and no global norm to clip."""
+    """One optimizer per parameter, which steps as soon as its gradient is complete and then frees
+    it: never more than one gradient exists. Nothing can be accumulated or clipped."""
     optimizers = []
     for i, p in enumerate(parameters):
         decay = args.weight_decay if p.dim() >= 2 else 0.0
         optimizer = make_optimizer([{"params": [p], "weight_decay": decay}], args)
 
-        def step(p, optimizer=optimizer, p0=start[i] if start else None):
-            if p0 is not None:
-                add_l2_sp([p], [p0], args.l2_sp)
+        def step(p, optimizer=optimizer, p0=start[i : i + 1]):
+            if p0:
+                add_l2_sp([p], p0, args.l2_sp)
             optimizer.step()
             p.grad = None
 
@@ -95,83 +95,169 @@ def step_in_backward(parameters, start, args) -> list:
 
 def train(args) -> None:
     device, dtype = common.setup(args)
-    sharded = dist.is_initialized()  # under torchrun, or with --offload
+    sharded = common.RANKS > 1 or args.offload
     check_flags(args, sharded)
-    if args.pure_bfloat16:
-        dtype = torch.bfloat16
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
+    tokenizer = common.load_tokenizer(args)
+    train_set, eval_set = common.load_data(args, tokenizer)
     if args.inspect:
-        return corpus.show(tokenizer)
-    place = torch.device("cpu") if sharded else device  # sharding takes a block at a time to the GPU: the whole may not fit
-    model = common.load_model(args, dtype, place, weight_dtype=torch.bfloat16 if args.pure_bfloat16 else torch.float32)
-    common.checkpoint_blocks(model, args)
-    common.compile_blocks(model, args)
-    common.parallelize(model, dtype, device, args.offload)
-    common.say(f"all {common.count_parameters(model)[0]:,} parameters train")
-
-    parameters = list(model.parameters())
+        return common.inspect_examples(train_set, tokenizer)
+    if args.step_in_backward:
+        check_one_pass(train_set, common.plan_steps(train_set, args), args)
+    dtype, masters = (torch.bfloat16,) * 2 if args.pure_bfloat16 else (dtype, torch.float32)
+    model = common.load_model(args, dtype, device, masters, shard=sharded, offload=args.offload)
+    names, parameters = zip(*model.named_parameters())
     start = [p.detach().clone() for p in parameters] if args.l2_sp else []  # w0
     if args.step_in_backward:
-        optimizers = step_in_backward(parameters, start, args)
+        optimizer = step_in_backward(parameters, start, args)  # a list
     else:
-        optimizers = [make_optimizer(common.decay_groups(model, args.weight_decay), args)]
-    run = common.Run(args, model, tokenizer, optimizers, corpus, evaluation)
-    run.begin()
+        optimizer = make_optimizer(common.decay_groups(model, args), args)
 
-    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
-        lr = common.learning_rate(run.step, run.total_steps, args)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
+    # --- copied from lora.py: start of the run ---
+    steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
+    common.describe_run(train_set, steps, args, device, dtype)
+    run = common.start_run(args, model, optimizer, train_set, steps)
+    log = common.Log(args, run, len(steps), device)
+    shown, samples_before = eval_set or train_set, None
+    if run["step"] == 0:
+        samples_before = answer_samples(model, tokenizer, shown, args, device, log)
+        if eval_set:
+            log.evaluation(loss=held_out_loss(model, eval_set, args, device))
+    # --- end ---
+
+    for step in range(run["step"] + 1, len(steps) + 1):
+        lr = common.learning_rate(step, len(steps), args)
+        for one in optimizer if args.step_in_backward else [optimizer]:
+            for group in one.param_groups:
                 group["lr"] = lr
-        nll = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
-            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
-            nll += batch_nll.detach()
+        examples = train_set[steps[step - 1]]
+        num_targets = common.count_targets(examples)  # of all forward passes and ranks
+        loss = torch.zeros((), device=device)
+        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+            nll = -model.target_logps(**batch).sum()  # cross-entropy
+            (nll / num_targets).backward()  # a mean over the step's targets
+            loss += nll.detach() / num_targets
         grad_norm = None
         if not args.step_in_backward:
-            if run.step == 0:
-                common.check_gradients(model)
+            common.sum_gradients(model)  # FSDP2 has summed them over ranks
             if args.l2_sp:
                 add_l2_sp(parameters, start, args.l2_sp)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            optimizers[0].step()
-            optimizers[0].zero_grad()
-        elif run.step == 0 and not all(optimizer.state for optimizer in optimizers):
-            raise common.UserError("a trainable parameter gets no gradient, and so makes no step")
-        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+        elif lost := [name for name, one in zip(names, optimizer) if not one.state]:
+            raise common.UserError(f"{lost[0]} gets no gradient, and made no step")
+        log.step_done(examples, loss, lr, grad_norm)
 
-    run.show_samples()
-    common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
-    run.finish()
-    common.say_how_to_use(args, adapter=False)
+        # --- copied from lora.py: end of a step ---
+        if eval_set and (step % args.eval_every == 0 or step == len(steps)):
+            log.read()  # before the clock of an evaluation
+            eval_loss = held_out_loss(model, eval_set, args, device)
+            log.evaluation(loss=eval_loss)
+            if args.patience and eval_loss < run["best_loss"]:
+                run |= {"best_loss": eval_loss, "best_step": step}
+                common.save_checkpoint(args, "best", run, model, optimizer)
+            elif args.patience and step - run["best_step"] >= args.patience * args.eval_every:
+                break
+        signal = log.stopped()  # SIGINT or SIGTERM
+        if step % args.save_every == 0 or signal:
+            log.read()  # a loss that is not finite ends the run before it is saved
+            common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
+        if signal:
+            common.exit_stopped(step, signal)
+    # --- end ---
+
+    # --- copied from lora.py: end of the run ---
+    log.bar.close()
+    if args.patience and run["best_step"] < run["step"]:
+        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
+    samples = answer_samples(model, tokenizer, shown, args, device, log)
+    print_samples(samples_before, samples)
+    # --- end ---
+    common.save_model(args, model, tokenizer, dtype)
+    log.done()
+
+
+# --- copied from lora.py: held-out loss and samples ---
+def held_out_loss(model, eval_set, args, device) -> float:
+    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    with common.evaluating(model):
+        for first in range(0, len(eval_set), 256):
+            for batch in common.micro_batches(eval_set[first : first + 256], args, device):
+                nll -= model.target_logps(**batch).sum()
+    return common.sum_over_ranks(nll).item() / common.count_targets(eval_set[:])
+
+
+def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
+    text is continued from its middle. Logs how many answers are exactly the data's."""
+    rows = [examples[n] for n in range(min(args.samples, len(examples)))]
+    edges = [np.flatnonzero(np.diff(row["is_target"].astype(int)) == 1) + 1 for row in rows]
+    starts = [
+        e[-1] if len(e) and e[-1] > 1 else len(r["input_ids"]) // 2 for e, r in zip(edges, rows)
+    ]
+    prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
+    data = [row["input_ids"][start:] for row, start in zip(rows, starts)]
+    answers = []
+    for first in range(0, len(prompts), 32):
+        answers += common.generate(model, tokenizer, prompts[first : first + 32], device)
+    prompts, data = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (prompts, data))
+    if rows:
+        exact = [answer.strip() == right.strip() for answer, right in zip(answers, data)]
+        log.evaluation(exact_match=sum(exact) / len(exact))
+    return list(zip(prompts, answers, data))
+
+
+def print_samples(before, after) -> None:
+    """before: None after --resume."""
+    for n, (prompt, answer, data) in enumerate(after[:3]):
+        texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
+        texts |= {"after": answer, "data": data}
+        common.say("\n" + "\n".join(f"--- {key} ---\n{x.strip()}" for key, x in texts.items()))
+
+
+# --- end ---
 
 
 def check_flags(args, sharded: bool) -> None:
     """Refuse flags that cannot work together, before anything is loaded."""
-    if args.step_in_backward and (args.grad_accum != 1 or args.max_grad_norm != 0):
-        raise common.UserError("--step-in-backward needs --grad-accum 1 and --max-grad-norm 0: no two gradients exist at once")
+    if args.step_in_backward and args.max_grad_norm:
+        raise common.UserError("--step-in-backward needs --max-grad-norm 0: no norm is known")
     if sharded and args.step_in_backward:
-        raise common.UserError("--step-in-backward works in one process without --offload: FSDP2 reduces whole blocks")
+        raise common.UserError("--step-in-backward: not with torchrun or --offload (FSDP2)")
     if sharded and args.optimizer != "adamw":
-        raise common.UserError(f"--optimizer {args.optimizer}: bitsandbytes cannot step sharded parameters; use adamw with torchrun or --offload")
+        raise common.UserError(f"--optimizer {args.optimizer}: not with torchrun or --offload")
     if sharded and args.pure_bfloat16:
-        raise common.UserError("--pure-bfloat16 is for one device: leave it out, as sharding or --offload takes the float32 masters off the GPU")
+        raise common.UserError("--pure-bfloat16: not with torchrun or --offload")
+
+
+def check_one_pass(train_set, steps: list[list[int]], args) -> None:
+    """--step-in-backward cannot accumulate: every step must fit in one forward pass."""
+    for numbers in steps:
+        lengths = list(map(len, train_set[numbers]["input_ids"]))
+        if len(common.plan_passes(lengths, args)) > 1:
+            fits = max(1, args.micro_batch_tokens // max(lengths))
+            problem = f"--step-in-backward: {sum(lengths)} tokens of a step are more than one pass"
+            raise common.UserError(f"{problem}; --batch-size {fits} fits")
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"lr": 5e-4}, output="runs/full_ft", lr=1e-5)
+    parser = common.make_parser(__doc__, output="runs/full_ft", lr=1e-5)
     add = parser.add_argument_group("full fine-tuning").add_argument
-    add("--optimizer", choices=["adamw", "adamw8bit", "paged_adamw8bit"], default="adamw",
-        help="8-bit states are bitsandbytes'; paged ones move to host memory when the GPU runs short")
-    add("--step-in-backward", action="store_true", help="each parameter steps in the backward pass and frees its gradient")
-    add("--offload", action="store_true", help="keep weights, gradients and optimizer states in host memory (FSDP2), also on one GPU")
-    add("--pure-bfloat16", action="store_true", help="no float32 masters: 4 to 8 bytes per parameter, but small updates are lost")
-    add("--l2-sp", type=common.number(float, 0), default=0.0, metavar="ALPHA", help="penalty ALPHA ||w - w0||^2 towards the pretrained weights")
-    train(parser.parse_args(argv))
+    kinds = ["adamw", "adamw8bit", "paged_adamw8bit"]
+    add("--optimizer", choices=kinds, default="adamw", help="8-bit ones are bitsandbytes'")
+    early = "each parameter steps in the backward pass and frees its gradient"
+    add("--step-in-backward", action="store_true", help=early)
+    add("--offload", action="store_true", help="keep everything in host memory (FSDP2)")
+    add("--pure-bfloat16", action="store_true", help="no float32 masters: small updates vanish")
+    add("--l2-sp", type=float, default=0.0, metavar="ALPHA", help="penalty ALPHA ||w - w0||^2")
+    train(common.parse_args(parser, argv, demo={"lr": 1e-3}))
 
 
 if __name__ == "__main__":
-    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; --optimizer adamw8bit; "
-                  "--offload; torchrun on more GPUs; --step-in-backward --max-grad-norm 0; --pure-bfloat16")  # fmt: skip
+    common.launch(
+        main,
+        out_of_memory="--gradient-checkpointing; a smaller --micro-batch-tokens; --optimizer "
+        "adamw8bit; --offload; torchrun on more GPUs; --step-in-backward; --pure-bfloat16",
+    )

@@ -1,44 +1,45 @@
 """LoRA: train two small matrices beside each frozen linear layer instead of the layer itself.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3,
-with the scaling of its section 4.1 and the dropout of the authors' code:
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685),
+equation 3, with the scaling of its section 4.1:
 
-    y = W0 x + s B A dropout(x)         s = alpha / r   (rsLoRA, arXiv 2312.03732: alpha / sqrt(r))
+    y = W0 x + s B A dropout(x)          s = alpha / r
 
-    x   (..., in), y  (..., out)   what enters and leaves the layer
-    W0  base.weight  (out, in)   frozen, in bfloat16 on a GPU
-    A   lora_A       (r, in)     float32, kaiming_uniform(a=sqrt 5)
-    B   lora_B       (out, r)    float32, zero
+    x   (..., in), y  (..., out)         what enters and leaves the layer
+    W0  base.weight    (out, in)         frozen, in bfloat16 on a GPU
+    A   lora_A.weight  (r, in)           float32, kaiming_uniform(a=sqrt 5)
+    B   lora_B.weight  (out, r)          float32, zero
     r   --rank, alpha  --alpha, s  scaling
 
 Choices and departures from the paper
-  - Every linear layer is adapted, not only the attention's q and v: adapting all of them is what it took to match
-    full fine-tuning (QLoRA, section 4). The output head never is. --targets q_proj,v_proj gives the paper's.
+  - Every linear layer is adapted, not only the attention's q and v: that is what it took to
+    match full fine-tuning (QLoRA, section 4). The output head never is. --targets
+    q_proj,v_proj gives the paper's choice.
   - A starts as in the authors' code (kaiming_uniform), not Gaussian as in the paper.
-  - A and B stay float32 and are cast in the forward pass: AdamW's small updates would vanish in bfloat16.
-  - Dropout is 0: with it each layer keeps its own dropped-out input for the backward pass, where q, k and v share one.
-  - In PEFT's words: LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"). PEFT computes A and B in float32, this in x's dtype.
+  - A and B stay float32 and are cast in the forward pass: AdamW's small updates would vanish in
+    bfloat16.
+  - Dropout is 0: with it, each layer keeps its own dropped-out input for the backward pass.
+  - rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(r): multiply --alpha by sqrt(r).
 
 Questions people ask
-  Why is B zero?         Then B A = 0 and training starts from exactly the base model. With both zero, neither gets a
-                         gradient; with both random, the base is disturbed before the first step.
-  Why alpha / r?         So that the learning rate need change less with the rank (for high ranks --rslora does it better).
-                         The defaults are r = 16 and alpha = 32; with another r, alpha is yours to change.
-  Sum or mean?           The loss is the mean over all target tokens of an optimizer step, across its micro-batches: 8x1,
-                         4x2 and 1x8 give the same gradient. Targets are the assistant's tokens and the end-of-turn token.
-  Merge or keep apart?   Merged (--merge) costs nothing at inference. s B A is added in float32 and rounded once;
-                         subtracting it again would not give the base back, so keep the adapter.
+  Why is B zero?    Then B A = 0, and training starts from exactly the base model. With both
+                    zero, neither gets a gradient; with both random, the base is disturbed.
+  Why alpha / r?    So that the learning rate can stay about the same when the rank changes.
+  Sum or mean?      The loss is the mean over all target tokens of an optimizer step, over all
+                    forward passes and GPUs. Targets are the assistant's tokens and the end of
+                    turn.
+  Merge?            Merged weights (--merge-only) cost nothing at inference. s B A is added in
+                    float32 and rounded once; keep the adapter, as subtracting it again would not
+                    give the base back.
 
-Measured: 32 steps of some 600 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.967 (README, Results).
-
-    python lora.py                                                     # the bundled model learns a task, in a minute
-    python lora.py --model BASE --data train.jsonl --merge             # BASE: a folder or a Hugging Face Hub name
-    python lora.py --model BASE --adapter runs/lora --max-steps 0 --merge --output runs/merged    # merge an adapter, train nothing
+    python lora.py                                     # the bundled model learns a task
+    python lora.py --model BASE --data train.jsonl     # BASE: a folder or a Hub name
+    python lora.py --merge-only --model BASE --adapter runs/lora --output runs/merged
 """
 
 import math
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,146 +49,171 @@ import common
 
 # --- LoRALinear ---
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
+    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)"""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.base = base
+        kind = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Linear(base.in_features, rank, **kind)  # starts as kaiming_uniform
+        self.lora_B = nn.Linear(rank, base.out_features, **kind)
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = alpha / rank
 
     def forward(self, x):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
-        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
+        down = F.linear(self.dropout(flat), self.lora_A.weight.to(x.dtype))  # A x: (N, r)
+        # + s B (A x), in place: base's backward pass does not need y
+        y.addmm_(down, self.lora_B.weight.to(x.dtype).T, alpha=self.scaling)
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
-        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
+        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        update = self.scaling * self.lora_B.weight @ self.lora_A.weight  # (out, in)
+        self.base.weight.copy_(self.base.weight.float() + update)
         return self.base
-# --- end ---
 
 
-# --- putting LoRA on a model ---
-def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
-    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
-    model.requires_grad_(False)
-    for name, layer in common.linear_layers(model, targets).items():
-        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
-
-
-def lora_layers(model) -> dict[str, LoRALinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """What is trained, under the names that PEFT gives it."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-    return tensors
 # --- end ---
 
 
 def train(args) -> None:
     device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
+    tokenizer = common.load_tokenizer(args)
+    train_set, eval_set = common.load_data(args, tokenizer)
     if args.inspect:
-        return corpus.show(tokenizer)
-    common.check_shard(args)
-    model = common.load_model(args, dtype, torch.device("cpu") if args.shard else device)  # FSDP2 takes block after block to the GPU
-    if args.adapter:
-        load_lora(model, args)
-    else:
-        add_lora(model, args.targets, args.rank, args.alpha, args.dropout, args.rslora)
-    common.checkpoint_blocks(model, args)
-    common.compile_blocks(model, args)
-    if args.shard:
-        common.shard(model, dtype, device)
-    trainable, total = common.count_parameters(model)
-    common.say(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), in {len(lora_layers(model))} layers")
-
+        return common.inspect_examples(train_set, tokenizer)
+    model = common.load_model(args, dtype, device, shard=args.shard)
+    config = common.add_adapter(model, args, LoRALinear, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    # --- training loop ---
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
-    run.begin()
-    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
-        lr = common.learning_rate(run.step, run.total_steps, args)
+    optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
+
+    # --- start of the run ---
+    steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
+    common.describe_run(train_set, steps, args, device, dtype)
+    run = common.start_run(args, model, optimizer, train_set, steps)
+    log = common.Log(args, run, len(steps), device)
+    shown, samples_before = eval_set or train_set, None
+    if run["step"] == 0:
+        samples_before = answer_samples(model, tokenizer, shown, args, device, log)
+        if eval_set:
+            log.evaluation(loss=held_out_loss(model, eval_set, args, device))
+    # --- end ---
+
+    # --- one step ---
+    for step in range(run["step"] + 1, len(steps) + 1):
+        common.seed_step(args, step)  # dropout
+        lr = common.learning_rate(step, len(steps), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        nll = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
-            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
-            nll += batch_nll.detach()
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
+        examples = train_set[steps[step - 1]]
+        num_targets = common.count_targets(examples)  # of all forward passes and ranks
+        loss = torch.zeros((), device=device)
+        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+            nll = -model.target_logps(**batch).sum()  # cross-entropy
+            (nll / num_targets).backward()  # a mean over the step's targets
+            loss += nll.detach() / num_targets
+        common.sum_gradients(model)  # over ranks
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
+        log.step_done(examples, loss, lr, grad_norm)
+        # --- end ---
+
+        # --- end of a step ---
+        if eval_set and (step % args.eval_every == 0 or step == len(steps)):
+            log.read()  # before the clock of an evaluation
+            eval_loss = held_out_loss(model, eval_set, args, device)
+            log.evaluation(loss=eval_loss)
+            if args.patience and eval_loss < run["best_loss"]:
+                run |= {"best_loss": eval_loss, "best_step": step}
+                common.save_checkpoint(args, "best", run, model, optimizer)
+            elif args.patience and step - run["best_step"] >= args.patience * args.eval_every:
+                break
+        signal = log.stopped()  # SIGINT or SIGTERM
+        if step % args.save_every == 0 or signal:
+            log.read()  # a loss that is not finite ends the run before it is saved
+            common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
+        if signal:
+            common.exit_stopped(step, signal)
     # --- end ---
 
-    run.show_samples()
-    save_lora(args, model, tokenizer)
-    if args.merge:
-        merge_lora(model)
-        common.save_model(Path(args.output) / "merged", model, tokenizer)
-    run.finish()
-    common.say_how_to_use(args)
+    # --- end of the run ---
+    log.bar.close()
+    if args.patience and run["best_step"] < run["step"]:
+        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
+    samples = answer_samples(model, tokenizer, shown, args, device, log)
+    print_samples(samples_before, samples)
+    # --- end ---
+    common.save_adapter(args, model, tokenizer, config)
+    log.done()
 
 
-# --- saving and loading LoRA ---
-def save_lora(args, model, tokenizer) -> None:
-    """The adapter in PEFT's form."""
-    config = {
-        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": args.dropout,
-        "target_modules": common.short_names(model, list(lora_layers(model))), "bias": "none",
-        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-    }  # fmt: skip
-    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
+# --- held-out loss and samples ---
+def held_out_loss(model, eval_set, args, device) -> float:
+    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    with common.evaluating(model):
+        for first in range(0, len(eval_set), 256):
+            for batch in common.micro_batches(eval_set[first : first + 256], args, device):
+                nll -= model.target_logps(**batch).sum()
+    return common.sum_over_ranks(nll).item() / common.count_targets(eval_set[:])
 
 
-def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
-    config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
-    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
-    common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
+def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
+    text is continued from its middle. Logs how many answers are exactly the data's."""
+    rows = [examples[n] for n in range(min(args.samples, len(examples)))]
+    edges = [np.flatnonzero(np.diff(row["is_target"].astype(int)) == 1) + 1 for row in rows]
+    starts = [
+        e[-1] if len(e) and e[-1] > 1 else len(r["input_ids"]) // 2 for e, r in zip(edges, rows)
+    ]
+    prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
+    data = [row["input_ids"][start:] for row, start in zip(rows, starts)]
+    answers = []
+    for first in range(0, len(prompts), 32):
+        answers += common.generate(model, tokenizer, prompts[first : first + 32], device)
+    prompts, data = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (prompts, data))
+    if rows:
+        exact = [answer.strip() == right.strip() for answer, right in zip(answers, data)]
+        log.evaluation(exact_match=sum(exact) / len(exact))
+    return list(zip(prompts, answers, data))
+
+
+def print_samples(before, after) -> None:
+    """before: None after --resume."""
+    for n, (prompt, answer, data) in enumerate(after[:3]):
+        texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
+        texts |= {"after": answer, "data": data}
+        common.say("\n" + "\n".join(f"--- {key} ---\n{x.strip()}" for key, x in texts.items()))
+
+
 # --- end ---
 
 
-def merge_lora(model) -> None:
-    for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.merged())
+def merge(args) -> None:
+    """--merge-only: the base with the adapter added to its weights, in the base's dtype."""
+    device, _ = common.setup(args)
+    tokenizer = common.load_tokenizer(args)
+    model = common.load_model(args, "auto", device)
+    common.add_adapter(model, args, LoRALinear, device)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            model.set_submodule(name, layer.merged())
+    common.save_model(args, model, tokenizer, model.dtype)
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"lr": 3e-3}, output="runs/lora", lr=2e-4)
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
-    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--dropout", type=common.number(float, 0, 1), default=0.0, help="dropout on the update's input")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (all but the output head), or names such as q_proj,v_proj")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) instead, which keeps high ranks learning")
-    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
-    parser.adapter_brings = ("--rank", "--alpha", "--targets", "--rslora")
-    add("--shard", action="store_true", help="under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
-    add("--merge", action="store_true", help="also write the merged model to --output/merged")
-    train(parser.parse_args(argv))
+    parser = common.make_parser(__doc__, output="runs/lora", lr=2e-4)
+    common.add_adapter_flags(parser)
+    args = common.parse_args(parser, argv, demo={"lr": 5e-3})
+    merge(args) if args.merge_only else train(args)
 
 
 if __name__ == "__main__":
-    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; a shorter --max-length")
+    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --micro-batch-tokens; "
+                  "a shorter --max-length; qlora.py")  # fmt: skip

@@ -46,7 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import common
+import common_before as common
 
 
 def log1mexp(p):

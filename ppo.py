@@ -106,7 +106,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-import common
+import common_before as common
 
 # ------------------------------------------------------------------------------------------------------- The equations
 # B answers, T tokens. Outside the mask every tensor is 0, and every result stays 0: sums need no mask, means a count.

@@ -49,7 +49,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-import common
+import common_before as common
 
 
 class Prefix(nn.Module):

@@ -42,7 +42,7 @@ import types
 import torch
 from torch import nn
 
-import common
+import common_before as common
 
 
 class Prompt(nn.Module):

@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common
+import common_before as common
 
 # Quantiles of the standard normal at linspace(0.9677083, 0.5, 9)[:-1] (positive) and linspace(0.9677083, 0.5, 8)[:-1]
 # (negative), and 0, divided by the largest. Written out, because half of them do not come back exactly from the formula.

@@ -56,7 +56,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-import common
+import common_before as common
 
 
 def pairwise_loss(chosen_rewards, rejected_rewards, margin=None, reduction: str = "mean"):

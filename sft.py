@@ -1,65 +1,49 @@
-"""Supervised fine-tuning (SFT), the first stage of alignment: learn to answer as the answers in the data do.
+"""Supervised fine-tuning (SFT), the first stage of alignment: learn to answer as the data does.
 
-Ouyang et al. 2022, "Training language models to follow instructions with human feedback" (arXiv 2203.02155), section 3.5: the
-pretraining loss, on demonstrations, and only on the tokens that the model is to write itself:
+Ouyang et al. 2022, "Training language models to follow instructions with human feedback" (arXiv
+2203.02155), section 3.5: the pretraining loss, on demonstrations, on the tokens that the model is
+to write itself:
 
     L = - 1/N  sum_t  m_t log p(y_t | y_<t)
 
-    y_t      input_ids      a token of a conversation, written by the model's own chat template
-    m_t      is_target      1 for the assistant's tokens and its end-of-turn token, 0 for everything else
-    N        targets        how many m_t are 1 in the whole optimizer step, over its micro-batches and ranks
-    log p    target_logps   (T,) of the T tokens with m_t = 1 in a micro-batch, in nats, float32
+    y_t      input_ids      a token of a conversation, written by the model's chat template
+    m_t      is_target      1 for the assistant's tokens and its end-of-turn token, else 0
+    N        num_targets    how many m_t are 1 in the whole step, over all passes and ranks
+    log p    target_logps   (T,) of the T tokens with m_t = 1 in a pass, in nats, float32
 
-Masks and packing, a worked example. Two conversations, "Hi" -> "Yo" and "2+2?" -> "4", fill one row of the tiny model, which has
-one token for each byte. This is what the model gets (tests/test_sft.py makes the table from the real code):
+Masks and packing, a worked example. Two conversations, "Hi" -> "Yo" and "2+2?" -> "4", in one
+forward pass of the bundled model, which has one token for each byte:
 
     document  positions  target  text
            1   0 .. 20   no      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
            1  21 .. 23   yes     Yo<|im_end|>
-           1  24 .. 24   no      \\n
            2   0 .. 22   no      <|im_start|>user\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n
            2  23 .. 24   yes     4<|im_end|>
-           2  25 .. 25   no      \\n
 
-  - A target is predicted from the position before it: "Y" from the line break after "assistant". The end-of-turn token is a
-    target, or the model would never learn to stop; the template's line break after it is not.
-  - Positions restart, and attention is computed for each document alone: the second conversation cannot see the first. A mask of
-    ones would let it, and the loss would look better than it is.
-  - Padding would have made two rows of the longer one's length. Here nothing is padded.
-  - The mask is found by position, never by token id: where padding is eos, a mask by id would drop the end of turn as well.
-`python sft.py --inspect --data YOURS` prints your own first batch, every token marked.
+  - A target is predicted from the position before it: "Y" from the line break after "assistant".
+    The end-of-turn token is a target, or the model would never learn to stop.
+  - Positions restart, and the second conversation cannot see the first.
+  - The mask is found by position: where padding is eos, a mask by id would drop the end of turn.
 
 Choices and departures from the paper
-  - Every parameter trains by default; --lora-rank N trains a LoRA adapter instead (lora.py explains it).
-  - --loss-on all takes the prompt's tokens too, as the pretraining loss does. With long answers it changes little; with short
-    ones it can help against overfitting (Shi et al. 2024, arXiv 2405.14394).
-  - --neftune ALPHA adds uniform noise to the embeddings while training (Jain et al. 2023, arXiv 2310.05914):
-    x + ALPHA / sqrt(L d) U(-1, 1). L is the document's own length, without padding, as in the authors' training code.
-  - --patience N stops when the held-out loss has not fallen for N evaluations and keeps the weights of the lowest.
+  - Every parameter trains; --lora-rank R trains a LoRA adapter instead (lora.py explains it).
+  - --loss-on all takes the prompt's tokens too (Shi et al. 2024, arXiv 2405.14394).
+  - --neftune ALPHA adds noise to the embeddings (Jain et al. 2023, arXiv 2310.05914):
+    x + ALPHA / sqrt(L d) U(-1, 1), L the document's length.
 
 Questions people ask
-  Sum or mean?         The mean over the targets of the whole optimizer step: 8x1, 4x2 and 1x8 (--batch-size x --grad-accum) give the
-                       same gradient.
-  Which rate?          The default is 2e-5 where every parameter trains, and 2e-4 for LoRA.
-  How many epochs?     One to three. After that the held-out loss usually rises while the training loss goes on falling.
-  Multi-turn?          All the assistant's turns are targets, in one document. Where the template rewrites earlier turns (dropped
-                       thinking), each answer becomes a document of its own.
-  Mixing?              --data mine.jsonl general.jsonl:0.2 shows every general row once in five epochs: against forgetting.
+  Which rate?       2e-5 where every parameter trains (the default), about 2e-4 for LoRA.
 
-Measured: `python sft.py` takes the share of held-out answers that are exactly the data's from 0.00 to 0.89, 0.94 and 0.87, the bundled
-model with three seeds (README, Results).
-
-    python sft.py                                                      # the bundled model learns a form of answers
-    python sft.py --model BASE --data chat.jsonl --patience 3          # every parameter; BASE: a folder or a Hugging Face Hub name
-    python sft.py --model BASE --data chat.jsonl --lora-rank 16        # an adapter
-    torchrun --nproc-per-node 8 sft.py --model BASE --data chat.jsonl --gradient-checkpointing
+    python sft.py --inspect --data chat.jsonl                   # every token, target or context
+    python sft.py                                               # the bundled model learns a form
+    python sft.py --model BASE --data chat.jsonl --patience 3
+    python sft.py --model BASE --data chat.jsonl --lora-rank 16 --lr 2e-4
 """
 
 import math
-from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -67,192 +51,195 @@ import common
 
 
 def add_neftune(model, alpha: float) -> None:
-    """NEFTune, equation in section 2 of the paper: the backbone gets embeddings (B, T, d) with noise in place of input_ids."""
+    """The backbone gets embeddings (B, T, d) with noise in place of input_ids, in training."""
 
     def add_noise(backbone, _, inputs):
         if not backbone.training:
             return None
         x = backbone.get_input_embeddings()(inputs["input_ids"])  # (B, T, d)
-        if "attention_mask" in inputs:
+        if "stretches" in inputs:
+            lengths = torch.tensor(inputs["stretches"].lengths, device=x.device)
+            lengths = lengths.repeat_interleave(lengths)[None]  # (1, T)
+        else:
             lengths = inputs["attention_mask"].sum(1, keepdim=True)  # (B, 1)
-        else:  # packed: a document begins where the position is 0
-            document = (inputs["position_ids"] == 0).cumsum(1) - 1  # (1, T)
-            lengths = torch.zeros_like(document).scatter_add(1, document, torch.ones_like(document)).gather(1, document)
-        scale = alpha / (lengths[..., None] * x.shape[-1]).sqrt()
-        return (), inputs | {"input_ids": None, "inputs_embeds": x + scale.to(x.dtype) * torch.empty_like(x).uniform_(-1, 1)}
+        scale = (alpha / (lengths[..., None] * x.shape[-1]).sqrt()).to(x.dtype)
+        noisy = x + scale * torch.empty_like(x).uniform_(-1, 1)
+        return (), inputs | {"input_ids": None, "inputs_embeds": noisy}
 
     model.base_model.register_forward_pre_hook(add_noise, with_kwargs=True)
 
 
-def train(args) -> None:
-    device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
-    if args.inspect:
-        return corpus.show(tokenizer)
-    model = load_trained(args, dtype, device)
-    if args.neftune:
-        add_neftune(model, args.neftune)
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    # --- copied from lora.py: training loop ---
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
-    run.begin()
-    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
-        lr = common.learning_rate(run.step, run.total_steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        nll = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
-            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
-            nll += batch_nll.detach()
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
-    # --- end ---
-
-    run.show_samples()
-    save_trained(args, model, tokenizer, dtype)
-    run.finish()
-    common.say_how_to_use(args, adapter=bool(lora_layers(model)))
-
-
 # --- copied from lora.py: LoRALinear ---
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)."""
+    """A frozen nn.Linear with a trained low-rank update. x (..., in) -> (..., out)"""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.base = base
+        kind = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Linear(base.in_features, rank, **kind)  # starts as kaiming_uniform
+        self.lora_B = nn.Linear(rank, base.out_features, **kind)
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = alpha / rank
 
     def forward(self, x):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
-        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place: base's backward pass needs no y
+        down = F.linear(self.dropout(flat), self.lora_A.weight.to(x.dtype))  # A x: (N, r)
+        # + s B (A x), in place: base's backward pass does not need y
+        y.addmm_(down, self.lora_B.weight.to(x.dtype).T, alpha=self.scaling)
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """Add s B A to the base layer's weight, in float32 and rounded once. -> the base layer"""
-        self.base.weight.copy_(self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A)
+        """The base layer with s B A added to its weight, in float32 and rounded once."""
+        update = self.scaling * self.lora_B.weight @ self.lora_A.weight  # (out, in)
+        self.base.weight.copy_(self.base.weight.float() + update)
         return self.base
+
+
 # --- end ---
 
 
-# --- copied from lora.py: putting LoRA on a model ---
-def add_lora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
-    """Freeze the model and put a LoRALinear around every target (see `common.linear_layers`)."""
-    model.requires_grad_(False)
-    for name, layer in common.linear_layers(model, targets).items():
-        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, rslora))
-
-
-def lora_layers(model) -> dict[str, LoRALinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-
-def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """What is trained, under the names that PEFT gives it."""
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-    return tensors
-# --- end ---
-
-
-# --- what trains ---
-def add_training_flags(parser) -> None:
-    add = parser.add_argument_group("what trains").add_argument
-    add("--lora-rank", dest="rank", type=common.number(int, 0), default=0, metavar="R",
-        help="train a LoRA adapter of this rank; 0 trains every parameter")
-    add("--lora-alpha", dest="alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--targets", default="all-linear", help="layers that LoRA adapts: all-linear (all but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="continue from this LoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
-    parser.adapter_brings = ("--lora-rank", "--lora-alpha", "--targets")
-    add("--offload", action="store_true", help="every parameter: keep weights, gradients and optimizer states in host memory (FSDP2)")
-    add("--shard", action="store_true", help="LoRA under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
-    parser.set_defaults(dropout=0.0, rslora=False)
-
-
-def load_trained(args, dtype: torch.dtype, device: torch.device):
-    """The model of --model: with a LoRA on frozen weights in dtype, or with float32 masters of every parameter."""
+def train(args) -> None:
+    device, dtype = common.setup(args)
+    tokenizer = common.load_tokenizer(args)
+    train_set, eval_set = common.load_data(args, tokenizer)
+    if args.inspect:
+        return common.inspect_examples(train_set, tokenizer)
     lora = args.rank or args.adapter
-    if lora and args.offload:
-        raise common.UserError("--offload is for training every parameter: leave out --lora-rank and --adapter")
-    common.check_shard(args)
-    whole = not dist.is_initialized() or lora and not args.shard
-    place = device if whole else torch.device("cpu")  # FSDP2 takes block after block to the GPU
-    model = common.load_model(args, dtype, place, weight_dtype=dtype if lora else torch.float32)
-    if args.adapter:
-        load_lora(model, args)
-    elif args.rank:
-        add_lora(model, args.targets, args.rank, args.alpha)
-    common.checkpoint_blocks(model, args)
-    common.compile_blocks(model, args)
-    if not lora:
-        common.parallelize(model, dtype, device, args.offload)
-    elif args.shard:
-        common.shard(model, dtype, device)
-    common.say("{:,} of {:,} parameters train".format(*common.count_parameters(model)))
-    return model
+    shard = args.offload or (args.shard if lora else common.RANKS > 1)
+    weights = None if lora else torch.float32  # masters, if they train
+    model = common.load_model(args, dtype, device, weights, shard, args.offload)
+    config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
+    if args.neftune:
+        add_neftune(model, args.neftune)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 
+    # --- copied from lora.py: start of the run ---
+    steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
+    common.describe_run(train_set, steps, args, device, dtype)
+    run = common.start_run(args, model, optimizer, train_set, steps)
+    log = common.Log(args, run, len(steps), device)
+    shown, samples_before = eval_set or train_set, None
+    if run["step"] == 0:
+        samples_before = answer_samples(model, tokenizer, shown, args, device, log)
+        if eval_set:
+            log.evaluation(loss=held_out_loss(model, eval_set, args, device))
+    # --- end ---
 
-def save_trained(args, model, tokenizer, dtype: torch.dtype) -> None:
-    """What was trained: an adapter in PEFT's form, or a Hugging Face folder."""
-    if lora_layers(model):
-        save_lora(args, model, tokenizer)
+    # --- copied from lora.py: one step ---
+    for step in range(run["step"] + 1, len(steps) + 1):
+        common.seed_step(args, step)  # dropout
+        lr = common.learning_rate(step, len(steps), args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        examples = train_set[steps[step - 1]]
+        num_targets = common.count_targets(examples)  # of all forward passes and ranks
+        loss = torch.zeros((), device=device)
+        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+            nll = -model.target_logps(**batch).sum()  # cross-entropy
+            (nll / num_targets).backward()  # a mean over the step's targets
+            loss += nll.detach() / num_targets
+        common.sum_gradients(model)  # over ranks
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.step_done(examples, loss, lr, grad_norm)
+        # --- end ---
+
+        # --- copied from lora.py: end of a step ---
+        if eval_set and (step % args.eval_every == 0 or step == len(steps)):
+            log.read()  # before the clock of an evaluation
+            eval_loss = held_out_loss(model, eval_set, args, device)
+            log.evaluation(loss=eval_loss)
+            if args.patience and eval_loss < run["best_loss"]:
+                run |= {"best_loss": eval_loss, "best_step": step}
+                common.save_checkpoint(args, "best", run, model, optimizer)
+            elif args.patience and step - run["best_step"] >= args.patience * args.eval_every:
+                break
+        signal = log.stopped()  # SIGINT or SIGTERM
+        if step % args.save_every == 0 or signal:
+            log.read()  # a loss that is not finite ends the run before it is saved
+            common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
+        if signal:
+            common.exit_stopped(step, signal)
+    # --- end ---
+
+    # --- copied from lora.py: end of the run ---
+    log.bar.close()
+    if args.patience and run["best_step"] < run["step"]:
+        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
+    samples = answer_samples(model, tokenizer, shown, args, device, log)
+    print_samples(samples_before, samples)
+    # --- end ---
+    if lora:
+        common.save_adapter(args, model, tokenizer, config)
     else:
-        common.save_trained(Path(args.output), model, tokenizer, dtype, args.trust_remote_code)
-# --- end ---
+        common.save_model(args, model, tokenizer, dtype)
+    log.done()
 
 
-# --- copied from lora.py: saving and loading LoRA ---
-def save_lora(args, model, tokenizer) -> None:
-    """The adapter in PEFT's form."""
-    config = {
-        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": args.rslora, "lora_dropout": args.dropout,
-        "target_modules": common.short_names(model, list(lora_layers(model))), "bias": "none",
-        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-    }  # fmt: skip
-    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
+# --- copied from lora.py: held-out loss and samples ---
+def held_out_loss(model, eval_set, args, device) -> float:
+    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    with common.evaluating(model):
+        for first in range(0, len(eval_set), 256):
+            for batch in common.micro_batches(eval_set[first : first + 256], args, device):
+                nll -= model.target_logps(**batch).sum()
+    return common.sum_over_ranks(nll).item() / common.count_targets(eval_set[:])
 
 
-def load_lora(model, args) -> None:
-    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
-    config, tensors = common.load_adapter(args.adapter, model, "LORA")
-    args.rank, args.alpha, args.rslora = config["r"], config["lora_alpha"], config.get("use_rslora", False)
-    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    add_lora(model, ",".join(names), args.rank, args.alpha, args.dropout, args.rslora)
-    common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
+def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
+    text is continued from its middle. Logs how many answers are exactly the data's."""
+    rows = [examples[n] for n in range(min(args.samples, len(examples)))]
+    edges = [np.flatnonzero(np.diff(row["is_target"].astype(int)) == 1) + 1 for row in rows]
+    starts = [
+        e[-1] if len(e) and e[-1] > 1 else len(r["input_ids"]) // 2 for e, r in zip(edges, rows)
+    ]
+    prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
+    data = [row["input_ids"][start:] for row, start in zip(rows, starts)]
+    answers = []
+    for first in range(0, len(prompts), 32):
+        answers += common.generate(model, tokenizer, prompts[first : first + 32], device)
+    prompts, data = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (prompts, data))
+    if rows:
+        exact = [answer.strip() == right.strip() for answer, right in zip(answers, data)]
+        log.evaluation(exact_match=sum(exact) / len(exact))
+    return list(zip(prompts, answers, data))
+
+
+def print_samples(before, after) -> None:
+    """before: None after --resume."""
+    for n, (prompt, answer, data) in enumerate(after[:3]):
+        texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
+        texts |= {"after": answer, "data": data}
+        common.say("\n" + "\n".join(f"--- {key} ---\n{x.strip()}" for key, x in texts.items()))
+
+
 # --- end ---
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"data": [common.example("format.jsonl")], "lr": 1e-3, "epochs": 3}, output="runs/sft", lr=None)
+    parser = common.make_parser(__doc__, output="runs/sft", lr=2e-5)
     add = parser.add_argument_group("SFT").add_argument
-    add("--loss-on", choices=["answers", "all"], default="answers", help="targets: the assistant's tokens, or the prompt's as well")
-    add("--neftune", type=common.number(float, 0), default=0.0, metavar="ALPHA", help="noise on the embeddings; 5 is the paper's; 0 is none")
-    add_training_flags(parser)
-    args = parser.parse_args(argv)
-    if args.lr is None:
-        args.lr = 2e-4 if args.rank or args.adapter else 2e-5
-    train(args)
+    targets = "the assistant's tokens, or the prompt's as well"
+    add("--loss-on", choices=["answers", "all"], default="answers", help=targets)
+    add("--neftune", type=float, default=0.0, metavar="ALPHA", help="5 is the paper's; 0: none")
+    add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
+    common.add_adapter_flags(parser, prefix="lora-", rank=0)
+    form = {"data": [str(common.EXAMPLES / "format.jsonl")], "lr": 1e-3}
+    train(common.parse_args(parser, argv, demo=form))
 
 
 if __name__ == "__main__":
-    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; a shorter --max-length; "
-                  "--lora-rank 16; --offload; torchrun on more GPUs")  # fmt: skip
+    common.launch(
+        main,
+        out_of_memory="--gradient-checkpointing; a smaller --micro-batch-tokens; a shorter "
+        "--max-length; --lora-rank 16; --offload; torchrun on more GPUs",
+    )

@@ -1,15 +1,16 @@
-"""Write the rows that `examples/tiny` was pretrained on, and the small sets on which the scripts fine-tune it by default.
+"""Write the rows that `examples/tiny` was pretrained on, and the small sets for demonstrations.
 
-    python examples/make_rows.py                  # task.jsonl, format.jsonl and pairs.jsonl, beside this file
-    python examples/make_rows.py pretrain.jsonl   # the pretraining rows, which are not in the repository
+    python examples/make_rows.py                  # task.jsonl, format.jsonl, pairs.jsonl, here
+    python examples/make_rows.py pretrain.jsonl   # the pretraining rows, not in the repository
 
-    pretrain.jsonl   60,000 rows: thirteen skills on made-up words and small numbers, in English and Chinese
+    pretrain.jsonl   60,000 rows: thirteen skills on made-up words and small numbers, in English
+                     and Chinese
     task.jsonl       600 rows of a skill that is not among them: a word backwards and in capitals
     format.jsonl     1,200 rows of skills that are, each answer in a form that is not: `[X]`
     pairs.jsonl      600 rows, each with two reviews of one thing: the kinder one is chosen
 
-Each file has its own seed and always comes out the same. Looking up is the one skill that the model did not learn (a quarter
-of its answers are right), so format.jsonl leaves it out.
+Each file has its own seed and always comes out the same. Looking up is the one skill that the model
+did not learn (a quarter of its answers are right), so format.jsonl leaves it out.
 """
 
 import json
@@ -18,9 +19,11 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 
-THINGS = """soup 汤|tea 茶|bread 面包|cake 蛋糕|hotel 酒店|room 房间|book 书|film 电影|song 歌|game 游戏|phone 手机|coat 外套|chair 椅子|lamp 台灯
-garden 花园|park 公园|train 火车|boat 船|car 汽车|shop 商店|school 学校|beach 海滩|museum 博物馆|coffee 咖啡|rice 米饭|shoe 鞋|bed 床|bag 包|clock 钟|bike 自行车
-pen 笔|door 门|river 河|city 城市|house 房子|fish 鱼|apple 苹果|bus 公交车|zoo 动物园|bridge 桥"""
+THINGS = """soup 汤|tea 茶|bread 面包|cake 蛋糕|hotel 酒店|room 房间|book 书|film 电影|song 歌
+game 游戏|phone 手机|coat 外套|chair 椅子|lamp 台灯|garden 花园|park 公园|train 火车|boat 船
+car 汽车|shop 商店|school 学校|beach 海滩|museum 博物馆|coffee 咖啡|rice 米饭|shoe 鞋|bed 床
+bag 包|clock 钟|bike 自行车|pen 笔|door 门|river 河|city 城市|house 房子|fish 鱼|apple 苹果
+bus 公交车|zoo 动物园|bridge 桥"""
 THINGS = [thing.split() for thing in THINGS.replace("\n", "|").split("|")]
 CHARACTERS = "天地人山水火风云日月花草鸟鱼牛羊马书画茶"
 
@@ -37,9 +40,11 @@ PROMPTS = {  # how each skill is asked for; {x} is what it works on
     "larger": ["Larger number: {x}", "Which is more: {x}?", "哪个大：{x}"],
     "look up": ["Look up: {x}", "Find: {x}", "查找：{x}"],
     "translate": ["Translate: {x}", "翻译：{x}"],
-    "review": ["Review the {x}.", "How was the {x}?", "Write a review of the {x}.", "评价一下{x}。", "{x}怎么样？"],
-}  # fmt: skip
-SHARES = {"reverse": 3, "sort": 3, "look up": 3, "repeat": 2, "upper": 2, "add": 2, "larger": 2, "translate": 2, "review": 2}  # the others: 1
+    "review": ["Review the {x}.", "How was the {x}?", "Write a review of the {x}."]
+    + ["评价一下{x}。", "{x}怎么样？"],
+}
+SHARES = dict.fromkeys(["reverse", "sort", "look up"], 3)  # those that are not here: 1
+SHARES |= dict.fromkeys(["repeat", "upper", "add", "larger", "translate", "review"], 2)
 NEW_TASK = ["Backwards in capitals: {x}", "Turn {x} around, in capitals", "倒着大写：{x}"]
 ON_WORDS = {
     "repeat": lambda word: word,
@@ -52,10 +57,25 @@ ON_WORDS = {
     "vowels": lambda word: "".join(letter for letter in word if letter in "aeiou"),
 }
 REVIEWS = {  # from best to worst: adjectives and last sentences, in English and Chinese
-    "good": (["great", "lovely", "perfect", "wonderful", "amazing"], ["I loved it.", "Five stars.", "I want more."], ["很好", "很棒", "完美"], ["我很喜欢。", "五星。"]),
-    "fair": (["fine", "plain", "normal", "average", "okay"], ["Nothing special.", "Three stars.", "Maybe again."], ["还行", "一般", "普通"], ["可以吧。", "三星。"]),
-    "bad": (["awful", "bad", "terrible", "poor", "horrible"], ["I hated it.", "One star.", "Never again."], ["很差", "很糟", "不好"], ["我很讨厌。", "一星。"]),
-}  # fmt: skip
+    "good": (
+        ["great", "lovely", "perfect", "wonderful", "amazing"],
+        ["I loved it.", "Five stars.", "I want more."],
+        ["很好", "很棒", "完美"],
+        ["我很喜欢。", "五星。"],
+    ),
+    "fair": (
+        ["fine", "plain", "normal", "average", "okay"],
+        ["Nothing special.", "Three stars.", "Maybe again."],
+        ["还行", "一般", "普通"],
+        ["可以吧。", "三星。"],
+    ),
+    "bad": (
+        ["awful", "bad", "terrible", "poor", "horrible"],
+        ["I hated it.", "One star.", "Never again."],
+        ["很差", "很糟", "不好"],
+        ["我很讨厌。", "一星。"],
+    ),
+}
 
 
 def word(random: Random) -> str:
@@ -88,9 +108,11 @@ def known_row(random: Random, skill: str) -> dict:
         a, b = random.sample(range(100), 2)
         x, answer = f"{a}, {b}", max(a, b)
     elif skill == "look up":
-        names, values = random.sample("abcdefghijklmnopqrstuvwxyz", 3), random.sample(range(10, 100), 3)
+        names = random.sample("abcdefghijklmnopqrstuvwxyz", 3)
+        values = random.sample(range(10, 100), 3)
         n = random.randrange(3)
-        x, answer = ", ".join(f"{name} {value}" for name, value in zip(names, values)) + f"; {names[n]}", values[n]
+        table = ", ".join(f"{name} {value}" for name, value in zip(names, values))
+        x, answer = f"{table}; {names[n]}", values[n]
     else:
         x = word(random)
         if chinese and skill in ("repeat", "reverse") and random.random() < 0.5:
@@ -105,14 +127,19 @@ def pretrain_rows(random: Random):
 
 
 def task_rows(random: Random):
-    words = list(dict.fromkeys(word(random) for _ in range(700)))[:600]  # no word twice: held-out ones are new
-    return [{"prompt": random.choice(NEW_TASK).format(x=x), "completion": x[::-1].upper()} for x in words]
+    # no word twice: held-out ones are new
+    words = list(dict.fromkeys(word(random) for _ in range(700)))[:600]
+    return [
+        {"prompt": random.choice(NEW_TASK).format(x=x), "completion": x[::-1].upper()}
+        for x in words
+    ]
 
 
 def format_rows(random: Random):
+    skills = [skill for skill in PROMPTS if skill not in ("review", "look up")]
     rows = {}  # by prompt, so that none comes twice
     while len(rows) < 1200:
-        row = known_row(random, random.choice([skill for skill in PROMPTS if skill not in ("review", "look up")]))
+        row = known_row(random, random.choice(skills))
         rows[row["prompt"]] = row | {"completion": f"[{row['completion']}]"}
     return list(rows.values())
 
@@ -124,13 +151,15 @@ def pair_rows(random: Random):
             chinese = not ask.isascii()
             for feelings in combinations(REVIEWS, 2):  # the better one first
                 chosen, rejected = (review(random, thing, chinese, feeling) for feeling in feelings)
-                rows.append({"prompt": ask.format(x=thing[chinese]), "chosen": chosen, "rejected": rejected})
+                row = {"prompt": ask.format(x=thing[chinese])}
+                rows.append(row | {"chosen": chosen, "rejected": rejected})
     random.shuffle(rows)
     return rows
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
     print(f"{path}: {len(rows):,} rows, {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -1,25 +1,34 @@
 """How fast and how lean the scripts are, on random weights.
 
-    python tests/benchmark.py --against trl              # against TRL + PEFT on the same work
-    python tests/benchmark.py --profile                  # where the time of a step goes
-    python tests/benchmark.py --growth --layers 2        # tokens/s and memory by row length, rows and processes, and a picture of it
+    python tests/benchmark.py --against trl        # against TRL + PEFT on the same work
+    python tests/benchmark.py --profile            # where the time of a step goes
+    python tests/benchmark.py --growth --layers 2  # tokens/s and memory by row length, rows and
+                                                   # processes, and a picture of it
 
-Both sides train the same random Llama on the same documents, in the same precision, with the same AdamW and no clipping
-differences, each in a process of its own, in turn: ours, theirs, ours, theirs ... Documents are of one length, so that both fill
-the same rows. Printed are medians of tokens/s (the first two steps are not counted) and of peak memory above the loaded model
-(resident memory on a CPU, allocated memory on a GPU), their ratio, and the spread over the repeats.
+Both sides train the same random Llama on the same documents, in the same precision, with the same
+AdamW and no clipping differences, each in a process of its own, in turn: ours, theirs, ours,
+theirs ... Documents are of one length, so that both fill the same rows: of --length tokens, --rows
+of them in a step. lora.py, full_ft.py and sft.py take as many examples (--batch-size) in one
+forward pass. Printed are medians of tokens/s (the first two steps are not counted) and of peak
+memory above the loaded model (resident memory on a CPU, allocated memory on a GPU), their ratio,
+and the spread over the repeats.
 
 TRL and PEFT run with their defaults but for two things, so that both sides do the same work:
-- TRL makes QLoRA's adapters bfloat16; they are made float32 again before the first step, as ours are.
-- On a GPU, TRL's packed rows run the flash kernel that ours run, PyTorch's `varlen_attn`. TRL itself takes any attention that
-  transformers knows, but transformers' sdpa builds a (T, T) mask for packed rows, which no flash kernel takes, and its
-  flash_attention_2 needs a package that is not installed here. So `packed_attention` is registered under a name of its own; it
-  reads the documents' bounds that TRL's collator makes. On a CPU, theirs is transformers' sdpa. Padded rows are sdpa on both sides.
+- TRL makes QLoRA's adapters bfloat16; they are made float32 again before the first step, as ours
+  are.
+- On a GPU, TRL's packed rows run the flash kernel that ours run, PyTorch's `varlen_attn`. TRL
+  itself takes any attention that transformers knows, but transformers' sdpa builds a (T, T) mask
+  for packed rows, which no flash kernel takes, and its flash_attention_2 needs a package that is
+  not installed here. So `packed_attention` is registered under a name of its own; it reads the
+  documents' bounds that TRL's collator makes. On a CPU, theirs is transformers' sdpa. Padded rows
+  are sdpa on both sides.
 """
 
 import argparse
 import ctypes
+import functools
 import gc
+import importlib
 import inspect
 import json
 import math
@@ -44,61 +53,85 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 PREFERENCES = ("dpo", "orpo", "reward")
 METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
+NEW = ("lora", "full", "sft")  # scripts that use common.py; the others use common_before.py
+PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 
 def make_work(folder: Path, args) -> None:
-    """A configuration, a tokenizer and the rows: a byte a token, all rows of one length but with --against padding."""
+    """A configuration, a tokenizer and the rows: a byte a token, all rows of one length but with
+    --against padding."""
     import numpy as np
     import transformers
 
-    import common
-
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
     config = transformers.LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=args.layers or layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=65536, tie_word_embeddings=args.shape not in ("7b", "65b"),
+        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+        num_hidden_layers=args.layers or layers, num_key_value_heads=kv_heads,
+        vocab_size=vocabulary, max_position_embeddings=65536,
+        tie_word_embeddings=args.shape not in ("7b", "65b"),
         bos_token_id=None, eos_token_id=257, pad_token_id=258,
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    tokenizer = common.tiny_tokenizer()
-    # the same tokens on both sides: no line break behind the end of turn, and TRL's marks around what is a target
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny")
+    # the same tokens on both sides: no line break behind the end of turn, and TRL's marks around
+    # what is a target
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
-        "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}"
+        "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    around = len(common.render(tokenizer, [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]))
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    around = len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False)).input_ids)
     prompt, answer = args.document // 4, args.document - args.document // 4 - around
 
-    def text(n: int, length: int) -> str:
-        return "".join(chr(97 + (n * 7 + i * i) % 26) for i in range(length))
+    def turn(role: str, n: int, length: int) -> list[dict]:
+        text = "".join(chr(97 + (n * 7 + i * i) % 26) for i in range(length))
+        return [{"role": role, "content": text}]
 
-    sizes = [(prompt, answer)] * ((args.steps + 1) * args.rows * max(1, args.length // args.document))
-    if "padding" in args.against:  # one-liners and essays: log-normal, as long as --document at the median
-        lengths = np.random.default_rng(0).lognormal(math.log(args.document), 1.0, (args.steps + 1) * 64).clip(around + 8, args.length).astype(int)
-        sizes = [(int(n) // 4, int(n) - int(n) // 4 - around) for n in lengths]
+    sizes = [(prompt, answer)] * ((args.steps + 1) * examples_of_a_step(args))
+    if "padding" in args.against:  # one-liners and essays: log-normal, --document at the median
+        generator = np.random.default_rng(0)
+        lengths = generator.lognormal(math.log(args.document), 1.0, (args.steps + 1) * 64)
+        lengths = lengths.clip(around + 8, args.length).astype(int).tolist()
+        sizes = [(n // 4, n - n // 4 - around) for n in lengths]
     with open(folder / "rows.jsonl", "w") as file:
         for n, (asked, answered) in enumerate(sizes):
-            turns = {"prompt": [{"role": "user", "content": text(n, asked)}], "completion": [{"role": "assistant", "content": text(n + 1, answered)}]}
-            file.write(json.dumps(turns) + "\n")
+            row = {"prompt": turn("user", n, asked)}
+            row["completion"] = turn("assistant", n + 1, answered)
+            file.write(json.dumps(row) + "\n")
     with open(folder / "pairs.jsonl", "w") as file:
         for n in range((args.steps + 1) * args.rows):
-            pair = {key: [{"role": "assistant", "content": text(n + k, answer)}] for k, key in ((1, "chosen"), (2, "rejected"))}
-            file.write(json.dumps({"prompt": [{"role": "user", "content": text(n, prompt)}], **pair}) + "\n")
+            pair = {"prompt": turn("user", n, prompt)}
+            pair["chosen"] = turn("assistant", n + 1, answer)
+            pair["rejected"] = turn("assistant", n + 2, answer)
+            file.write(json.dumps(pair) + "\n")
+
+
+def examples_of_a_step(args) -> int:
+    """Of one process: as many documents as fill the packed rows, or one padded micro-batch."""
+    if "padding" in args.against:
+        return PADDED
+    return args.rows * max(1, args.length // args.document)
 
 
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_memory() -> tuple[int, int] | None:
-    """Bytes that this container holds now and at most since it began, page cache and all processes included."""
+    """Bytes that this container holds now and at most since it began, page cache and all processes
+    included."""
     files = [CGROUP / "memory.current", CGROUP / "memory.peak"]
-    return tuple(int(file.read_text()) for file in files) if all(file.exists() for file in files) else None
+    if not all(file.exists() for file in files):
+        return None
+    return tuple(int(file.read_text()) for file in files)
 
 
 class Meter:
-    """Time of each step but the first `skip`, and memory above what there was when training began."""
+    """Time of each step but the first `skip`, and memory above what there was when training
+    began."""
 
     def __init__(self, skip: int):
         self.skip, self.host = skip, host_memory()
@@ -113,14 +146,15 @@ class Meter:
             self.before = torch.cuda.memory_allocated()
         else:
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what loading has freed goes back to the system, or training would seem to take less
+            # what loading has freed goes back to the system, or training would seem to take less
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             self.before = self.resident("VmRSS")
         self.last = time.perf_counter()
 
     def resident(self, name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
     def step(self) -> None:
         import torch
@@ -137,15 +171,50 @@ class Meter:
         peak = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")
         times = self.times[self.skip :]
         if self.cuda:  # pinned memory, which may be missing in the process's own
-            more["pinned_gib"] = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30
-        if self.host and host_memory()[1] > self.host[1]:  # else the container once held more, and its peak says nothing of this run
+            pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
+            more["pinned_gib"] = pinned / 2**30
+        # if the container once held more, its peak says nothing of this run
+        if self.host and host_memory()[1] > self.host[1]:
             more["container_gib"] = (host_memory()[1] - self.host[0]) / 2**30
-        print("RESULT", json.dumps({"tokens_per_second": tokens_per_step * len(times) / sum(times), "gib": (peak - self.before) / 2**30,
-                                    "loaded_gib": self.before / 2**30, "host_gib": self.resident("VmHWM") / 2**30, "steps": len(times), **more}))  # fmt: skip
+        figures = {
+            "tokens_per_second": tokens_per_step * len(times) / sum(times),
+            "gib": (peak - self.before) / 2**30,
+            "loaded_gib": self.before / 2**30,
+            "host_gib": self.resident("VmHWM") / 2**30,
+            "steps": len(times),
+        }
+        print("RESULT", json.dumps(figures | more), flush=True)
+
+
+class Profiler:
+    """Profiles the steps between `first` and `last`, prints where their time went, and ends the
+    process."""
+
+    def __init__(self, first: int = 2, last: int = 4):
+        import torch
+
+        self.first, self.last, self.steps = first, last, 0
+        self.cuda, self.profiler = torch.cuda.is_available(), torch.profiler.profile()
+
+    def begin(self) -> None:
+        pass
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == self.first:
+            self.profiler.__enter__()
+        if self.steps == self.last:
+            self.profiler.__exit__(None, None, None)
+            times = time_by_kind(self.profiler.key_averages(), self.cuda)
+            steps = self.last - self.first
+            figures = {kind: time / 1e3 / steps for kind, time in times.items()}
+            print("RESULT", json.dumps({"ms": figures}), flush=True)
+            os._exit(0)
 
 
 def like_the_first_block(model, config):
-    """A model of all the configuration's blocks, each with the weights of the one block that the model has: a 65B in 3.7 GB."""
+    """A model of all the configuration's blocks, each with the weights of the one block that the
+    model has: a 65B in 3.7 GB."""
     import torch
 
     with torch.device("meta"):
@@ -181,14 +250,21 @@ def random_weights(folder: str, dtype) -> None:
             torch.manual_seed(0)
             with torch.device("cuda" if torch.cuda.is_available() and not too_large else "cpu"):
                 make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
-                model = make(config, dtype=options.get("dtype") or options.get("torch_dtype") or dtype).eval()
+                kind = options.get("dtype") or options.get("torch_dtype") or dtype
+                model = make(config, dtype=kind).eval()
             if too_large:
                 model = like_the_first_block(model, transformers.AutoConfig.from_pretrained(folder))
-            return (model, {"missing_keys": [], "unexpected_keys": []}) if options.get("output_loading_info") else model
+            if options.get("output_loading_info"):
+                return model, {"missing_keys": [], "unexpected_keys": []}
+            return model
 
         auto_class.from_pretrained = classmethod(from_pretrained)
 
-    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.LlamaForCausalLM):
+    for auto_class in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForSequenceClassification,
+        transformers.LlamaForCausalLM,
+    ):
         patch(auto_class)
 
 
@@ -199,8 +275,12 @@ def quantized_with_bitsandbytes(model):
 
     for name, layer in list(model.base_model.named_modules()):
         if isinstance(layer, torch.nn.Linear):
-            small = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4")
-            small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(layer.weight.device)
+            kind = {"compute_dtype": layer.weight.dtype, "quant_type": "nf4"}
+            sizes = layer.in_features, layer.out_features
+            small = bitsandbytes.nn.Linear4bit(*sizes, bias=False, **kind)
+            kind = {"requires_grad": False, "quant_type": "nf4"}
+            weight = bitsandbytes.nn.Params4bit(layer.weight.data, **kind)
+            small.weight = weight.to(layer.weight.device)
             model.base_model.set_submodule(name, small)
     model.is_loaded_in_4bit = True  # what TRL and PEFT ask
     return model
@@ -216,26 +296,72 @@ def script_of(method: str) -> str:
 
 def flags_of(folder: str, args) -> list[str]:
     """The command line of our script."""
-    flags = ["--model", folder, "--output", f"{folder}/ours", "--max-steps", str(args.steps), "--batch-size", str(args.rows), "--samples", "0",
-             "--eval-fraction", "0", "--log-every", "1", "--save-every", "100000", "--max-length", str(args.length), "--max-grad-norm", "1",
-             "--data", data_of(folder, args)]  # fmt: skip
-    flags += ["--no-packing", "--batch-size", "16"] if args.worker == "padding" else []
+    flags = ["--model", folder, "--data", data_of(folder, args), "--output", f"{folder}/ours"]
+    flags += f"--max-steps {args.steps} --samples 0 --save-every 100000 --max-grad-norm 1".split()
+    flags += ["--max-length", str(args.length)]
+    padding = "padding" in args.against
+    if args.method in NEW:
+        examples, processes = examples_of_a_step(args), int(os.environ.get("WORLD_SIZE", 1))
+        flags += ["--eval-data", "0", "--overwrite", "--batch-size", str(examples * processes)]
+        longest = examples if padding else args.rows  # of --length tokens: one forward pass
+        flags += ["--micro-batch-tokens", str(longest * args.length)]
+    else:
+        rows = PADDED if args.worker == "padding" else args.rows
+        flags += ["--eval-fraction", "0", "--log-every", "1", "--batch-size", str(rows)]
+    flags += ["--no-packing"] * (args.worker == "padding")
     flags += ["--gradient-checkpointing"] * args.recompute
-    flags += ["--rank", "8", "--alpha", "16"] if args.method in ("lora", "dora", "qlora") else []
-    flags += ["--lora-rank", "8", "--lora-alpha", "16"] if args.lora and args.method in ("sft", *PREFERENCES, "ppo") else []
-    flags += ["--response-length", str(args.length - args.document)] if args.method == "ppo" else []
+    if args.method in ("lora", "dora", "qlora"):
+        flags += ["--rank", "8", "--alpha", "16"]
+    if args.lora and args.method in ("sft", *PREFERENCES, "ppo"):
+        flags += ["--lora-rank", "8", "--lora-alpha", "16"]
+    if args.method == "ppo":
+        flags += ["--response-length", str(args.length - args.document)]
     return flags + shlex.split(args.flags)
 
 
 def ours(folder: str, args) -> None:
     import torch
 
+    random_weights(folder, torch.float32)
+    meter = Profiler() if args.profile else Meter(args.skip)
+    script = importlib.import_module(script_of(args.method))
+    (watch if args.method in NEW else watch_before)(script, meter)
+    script.main(flags_of(folder, args))
+
+
+def watch(script, meter) -> None:
+    """Measure the run that follows, of a script that uses common.py. The process ends after the
+    last step, before anything is answered or saved: only the steps count."""
     import common
 
-    meter = Meter(args.skip)
+    step_done = common.Log.step_done
+
+    def timed_step_done(log, *rest):
+        step_done(log, *rest)
+        meter.step()
+
+    def answer_samples(*rest):  # before and after training
+        log = rest[-1]
+        if log.run["step"] == 0:
+            meter.begin()
+            return []
+        meter.report(log.run["tokens"] / log.run["step"])
+        os._exit(0)
+
+    common.Log.step_done, script.answer_samples = timed_step_done, answer_samples
+    common.check_model = lambda *_, **__: None  # random weights: nothing to check
+
+
+def watch_before(script, meter) -> None:
+    """The same of a script that uses common_before.py."""
+    import common_before as common
+
     begin, end_step = common.Run.begin, common.Run.end_step
-    common.Run.begin = lambda run: (begin(run), meter.begin())
     rates = {"rollout_tokens_per_second": [], "update_tokens_per_second": []}  # of ppo
+
+    def timed_begin(run):
+        begin(run)
+        meter.begin()
 
     def timed_end_step(run, epoch, sums, *rest):
         for name in rates.keys() & sums.keys():
@@ -243,31 +369,29 @@ def ours(folder: str, args) -> None:
         end_step(run, epoch, sums, *rest)
         meter.step()
 
-    common.Run.end_step = timed_end_step
-    common.check_head = lambda *_, **__: None  # random weights: nothing to check
-    common.Run.save_checkpoint = lambda run: None  # after the last step, and no part of it
-    random_weights(folder, torch.float32)
-    if args.profile:
-        profile_steps()
-    flags = flags_of(folder, args)
-
-    def report_and_stop(run):  # before anything is saved: only the steps count
-        meter.report(run.tokens / run.step, **{name: statistics.median(values[args.skip :]) for name, values in rates.items() if values})
+    def report_and_stop(run):
+        skip = meter.skip
+        more = {key: statistics.median(rate[skip:]) for key, rate in rates.items() if rate}
+        meter.report(run.tokens / run.step, **more)
         os._exit(0)
 
+    common.Run.begin, common.Run.end_step = timed_begin, timed_end_step
+    common.check_head = lambda *_, **__: None  # random weights: nothing to check
+    common.Run.save_checkpoint = lambda run: None  # after the last step, and no part of it
     common.Run.show_samples = report_and_stop
-    __import__(script_of(args.method)).main(flags)
 
 
 # aten operations by what they are for; what is not listed counts as the rest
 KINDS = {
-    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul"),
-    "attention": ("scaled_dot_product", "_scaled_dot_product", "_flash_attention", "varlen"),
-    "softmax over the vocabulary": ("log_softmax", "_log_softmax", "logsumexp", "exp", "exp_", "amax", "div_", "sub_", "neg_", "scatter_add_", "gather"),
-    "optimizer and clipping": ("_fused_adamw", "_foreach", "linalg_vector_norm"),
-    "copies": ("copy_", "cat", "fill_", "index_select", "clone", "zero_"),
-    "element by element": ("mul", "add", "silu", "sigmoid", "pow", "rsqrt", "mean", "sum", "neg", "div", "_fused_rms_norm", "gelu", "embedding", "cos", "sin"),
-}  # fmt: skip
+    "matrix products": "mm addmm addmm_ bmm baddbmm linear matmul".split(),
+    "attention": "scaled_dot_product _scaled_dot_product _flash_attention varlen".split(),
+    "softmax over the vocabulary": """log_softmax _log_softmax logsumexp exp exp_ amax div_ sub_
+        neg_ scatter_add_ gather""".split(),
+    "optimizer and clipping": "_fused_adamw _foreach linalg_vector_norm".split(),
+    "copies": "copy_ cat fill_ index_select clone zero_".split(),
+    "element by element": """mul add silu sigmoid pow rsqrt mean sum neg div _fused_rms_norm gelu
+        embedding cos sin""".split(),
+}
 
 
 REST = "the rest: autograd, views, Python"
@@ -276,9 +400,10 @@ REST = "the rest: autograd, views, Python"
 def time_by_kind(events, on_gpu: bool) -> dict[str, float]:
     """A profiler's averaged events -> microseconds by kind, on the GPU or on the CPU.
 
-    On a GPU each kernel is there twice, under the operation that launched it (device_type CPU) and under its own name, and a
-    user annotation, such as an optimizer's step, spans kernels that have rows of their own. So operations say what a kernel was
-    for, kernels how long all of them took, annotations nothing; a kernel that no operation launched is part of the rest.
+    On a GPU each kernel is there twice, under the operation that launched it (device_type CPU) and
+    under its own name, and a user annotation, such as an optimizer's step, spans kernels that have
+    rows of their own. So operations say what a kernel was for, kernels how long all of them took,
+    annotations nothing; a kernel that no operation launched is part of the rest.
     """
     from torch.autograd import DeviceType
 
@@ -287,9 +412,12 @@ def time_by_kind(events, on_gpu: bool) -> dict[str, float]:
         if on_gpu and event.device_type != DeviceType.CPU:
             times[REST] += 0.0 if event.is_user_annotation else event.self_device_time_total
             continue
-        name = event.key.removeprefix("aten::")
-        kind = next((kind for kind, names in KINDS.items() if name in names or name.startswith(tuple(n for n in names if n[0] == "_"))), None)
-        kind = kind if event.key.startswith("aten::") and kind else REST
+        name, kind = event.key.removeprefix("aten::"), REST
+        for found, names in KINDS.items():
+            prefixes = tuple(name for name in names if name[0] == "_")
+            if event.key.startswith("aten::") and (name in names or name.startswith(prefixes)):
+                kind = found
+                break
         if not on_gpu:
             times[kind] += event.self_cpu_time_total
         elif kind != REST:  # out of the rest, which has all kernels
@@ -298,45 +426,32 @@ def time_by_kind(events, on_gpu: bool) -> dict[str, float]:
     return times
 
 
-def profile_steps(first: int = 2, last: int = 4) -> None:
-    """Profile some steps of the run that follows, print where their time went, and end the process."""
-    import torch
-
-    import common
-
-    end_step, profiler = common.Run.end_step, torch.profiler.profile()
-
-    def counted_end_step(run, *rest):
-        end_step(run, *rest)
-        if run.step == first:
-            profiler.__enter__()
-        if run.step == last:
-            profiler.__exit__(None, None, None)
-            times = time_by_kind(profiler.key_averages(), torch.cuda.is_available())
-            print("RESULT", json.dumps({"ms": {kind: time / 1e3 / (last - first) for kind, time in times.items()}}), flush=True)
-            os._exit(0)
-
-    common.Run.end_step = counted_end_step
-
-
 def packed_attention():
-    """The attention of theirs on a GPU, in the form of a transformers attention function: causal inside each document of a row that
-    TRL has packed, with PyTorch's flash kernel. No mask function is registered beside it, and so transformers makes no mask."""
+    """The attention of theirs on a GPU, in the form of a transformers attention function: causal
+    inside each document of a row that TRL has packed, with PyTorch's flash kernel. No mask function
+    is registered beside it, and so transformers makes no mask."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.13 wants to be told that there may be fewer key-value heads; 2.11 has no such option, and its kernel takes them
-    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    # torch 2.13 must be told of grouped heads; 2.11 has no such option, and its kernel takes them
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    kernel = functools.partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
 
-    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, max_length_q=None, **_):
-        """query (1, H, T, head_dim), key and value (1, H_kv, T, head_dim), cu_seq_lens_q (documents + 1,) -> (1, T, H, head_dim), None"""
+    def attend(
+        module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
+        max_length_q=None, **_,
+    ):  # fmt: skip
+        """query (1, H, T, head_dim), key and value (1, H_kv, T, head_dim), cu_seq_lens_q
+        (documents + 1,) -> (1, T, H, head_dim), None"""
         if cu_seq_lens_q is None or attention_mask is not None or dropout:
             raise NotImplementedError("only packed rows, without a mask and without dropout")
-        if query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):  # rotary embedding is in float32 then
-            query, key = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key))
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value.to(query.dtype)))  # -> (T, H, head_dim)
-        bounds, longest = cu_seq_lens_q, max_length_q
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **gqa)[None], None
+        kind = query.device.type
+        if query.dtype == torch.float32 and torch.is_autocast_enabled(kind):  # rotary embedding's
+            query, key = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key))
+        value = value.to(query.dtype)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, head_dim)
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return kernel(q, k, v, *bounds, scale=scaling, window_size=(-1, 0))[None], None
 
     return attend
 
@@ -358,38 +473,59 @@ def theirs(folder: str, args) -> None:
     random_weights(folder, torch.float32)
     cuda, meter = torch.cuda.is_available(), Meter(args.skip)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    rows = [json.loads(line) for line in open(data_of(folder, args))]
-    table = datasets.Dataset.from_list(rows)
-    padding = args.worker == "trl-padding"
-    options = dict(
-        output_dir=f"{folder}/theirs", max_steps=args.steps, per_device_train_batch_size=16 if padding else args.rows, learning_rate=1e-4,
-        max_grad_norm=1.0, include_num_input_tokens_seen="non_padding" if padding else "no",
-        gradient_checkpointing=args.recompute, report_to=[], use_cpu=not cuda, bf16=cuda, save_strategy="no", logging_steps=1, disable_tqdm=True,
-        optim="adamw_torch_fused", weight_decay=0.0,
-    )  # fmt: skip
-    lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS" if args.method == "reward" else "CAUSAL_LM",
-                           use_dora=args.method == "dora")  # fmt: skip
+    lines = Path(data_of(folder, args)).read_text().splitlines()
+    table = datasets.Dataset.from_list([json.loads(line) for line in lines])
+    padding, reward = args.worker == "trl-padding", args.method == "reward"
+    options = {
+        "output_dir": f"{folder}/theirs",
+        "max_steps": args.steps,
+        "per_device_train_batch_size": PADDED if padding else args.rows,
+        "learning_rate": 1e-4,
+        "max_grad_norm": 1.0,
+        "include_num_input_tokens_seen": "non_padding" if padding else "no",
+        "gradient_checkpointing": args.recompute,
+        "report_to": [],
+        "use_cpu": not cuda,
+        "bf16": cuda,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "optim": "adamw_torch_fused",
+        "weight_decay": 0.0,
+        "max_length": args.length,
+    }
+    task = "SEQ_CLS" if reward else "CAUSAL_LM"
+    lora = peft.LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        task_type=task,
+        use_dora=args.method == "dora",
+    )
     adapter = args.method in ("lora", "dora", "qlora") or args.lora
-    auto_class = transformers.AutoModelForSequenceClassification if args.method == "reward" else transformers.AutoModelForCausalLM
-    dtype, head = torch.bfloat16 if cuda and adapter else torch.float32, {"num_labels": 1} if args.method == "reward" else {}
-    model = auto_class.from_pretrained(folder, dtype=dtype, **head)
+    auto_class = transformers.AutoModelForCausalLM
+    if reward:
+        auto_class = transformers.AutoModelForSequenceClassification
+    dtype = torch.bfloat16 if cuda and adapter else torch.float32
+    model = auto_class.from_pretrained(folder, dtype=dtype, **{"num_labels": 1} if reward else {})
     if args.method == "qlora":
         model = quantized_with_bitsandbytes(model)
     if cuda and args.method not in PREFERENCES and not padding:
         transformers.AttentionInterface.register("packed", packed_attention())
         model.set_attn_implementation("packed")
-    common_args = dict(model=model, processing_class=tokenizer, train_dataset=table, peft_config=lora if adapter else None)
-    if args.method in ("lora", "dora", "qlora", "full", "sft"):
-        config = trl.SFTConfig(**options, max_length=args.length, packing=not padding, completion_only_loss=True)
-        trainer = trl.SFTTrainer(args=config, **common_args)
-    elif args.method == "dpo":
-        trainer = trl.DPOTrainer(args=trl.DPOConfig(**options, max_length=args.length), **common_args)
+    if args.method == "dpo":
+        make, config = trl.DPOTrainer, trl.DPOConfig(**options)
     elif args.method == "orpo":
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-        trainer = ORPOTrainer(args=ORPOConfig(**options, max_length=args.length), **common_args)
+        make, config = ORPOTrainer, ORPOConfig(**options)
+    elif reward:
+        make, config = trl.RewardTrainer, trl.RewardConfig(**options)
     else:
-        trainer = trl.RewardTrainer(args=trl.RewardConfig(**options, max_length=args.length), **common_args)
+        config = trl.SFTConfig(**options, packing=not padding, completion_only_loss=True)
+        make = trl.SFTTrainer
+    more = {"processing_class": tokenizer, "train_dataset": table}
+    trainer = make(model=model, args=config, peft_config=lora if adapter else None, **more)
 
     if args.method == "qlora":
         float32_adapters(trainer.model)
@@ -403,23 +539,33 @@ def theirs(folder: str, args) -> None:
 
     trainer.add_callback(Callback())
     trainer.train()
-    per_row = args.document * 2 if args.method in PREFERENCES else args.length // args.document * args.document
-    meter.report(trainer.state.num_input_tokens_seen / args.steps if padding else args.rows * per_row)
+    tokens = args.rows * (args.length // args.document) * args.document
+    if args.method in PREFERENCES:
+        tokens = args.rows * args.document * 2
+    if padding:
+        tokens = trainer.state.num_input_tokens_seen / args.steps
+    meter.report(tokens)
     os._exit(0)
 
 
 def measure(side: str, folder: str, args, seconds: float | None = None) -> dict:
-    """One run of a side, "ours" or one of --against, in a process of its own -> what `Meter.report` printed, or {"error": [a line]}."""
-    command = [sys.executable, __file__, "--worker", side, "--folder", folder]
+    """One run of a side, "ours" or one of --against, in a process of its own -> what `Meter.report`
+    printed, or {"error": [a line]}."""
+    command = [sys.executable]
     if args.processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", *command[1:]]
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={args.processes}"]
+    command += [__file__, "--worker", side, "--folder", folder]
     for name in ("against", "method", "shape", "steps", "rows", "length", "document", "skip"):
         command += [f"--{name}", str(getattr(args, name))]
     command += [f"--flags={args.flags}"]
-    command += ["--recompute"] * args.recompute + ["--lora"] * args.lora + ["--profile"] * args.profile
+    for name in ("recompute", "lora", "profile"):
+        command += [f"--{name}"] * getattr(args, name)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment["HF_DATASETS_CACHE"] = f"{folder}/cache"
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": seconds}
     try:
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+        run = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
         return {"error": [f"not done after {seconds:.0f} s"]}
     line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT")), None)
@@ -428,136 +574,191 @@ def measure(side: str, folder: str, args, seconds: float | None = None) -> dict:
     return json.loads(line.removeprefix("RESULT"))
 
 
+def print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def profile(args) -> None:
-    print(f"| method | ms a step | {' | '.join(KINDS)} | {REST} |\n" + "|---" * (len(KINDS) + 3) + "|")
-    for args.method in args.methods:
+    print_row("method", "ms a step", *KINDS, REST)
+    print("|---" * (len(KINDS) + 3) + "|")
+    for method in args.methods:
+        args.method = method
         with tempfile.TemporaryDirectory() as folder:
             make_work(Path(folder), args)
             result = measure("ours", folder, args)
         if "error" in result:
-            print(f"| {args.method} | failed: {result['error']} |")
+            print_row(method, f"failed: {result['error']}")
             continue
         total = sum(result["ms"].values())
-        print(f"| {args.method} | {total:,.0f} | {' | '.join(f'{ms / total:.1%}' for ms in result['ms'].values())} |", flush=True)
+        print_row(method, f"{total:,.0f}", *(f"{ms / total:.1%}" for ms in result["ms"].values()))
 
 
 def growth(args) -> None:
-    """One figure grows at a time. Rows are packed, so 8 rows of 512 are one row of 4,096 to the model."""
+    """One figure grows at a time. Rows are packed, so 8 rows of 512 are one row of 4,096 to the
+    model."""
     args.method = args.methods[0]
     lengths = [512 * 2**n for n in range(7) if 512 * 2**n <= args.until]
-    series = {
-        "one document a row": [dict(length=n, document=n, rows=1, processes=1) for n in lengths],
-        "documents of 512 in a row": [dict(length=n, document=512, rows=1, processes=1) for n in lengths],
-        "rows of 512 a step": [dict(length=512, document=512, rows=n, processes=1) for n in (1, 2, 4, 8) if 512 * n <= args.until],
-        "processes, a row of 2,048 each": [dict(length=2048, document=512, rows=1, processes=n) for n in (1, 2)] * (args.processes > 1),
+    rows = [n for n in (1, 2, 4, 8) if 512 * n <= args.until]
+    series = {  # (length, document, rows, processes)
+        "one document a row": [(n, n, 1, 1) for n in lengths],
+        "documents of 512 in a row": [(n, 512, 1, 1) for n in lengths],
+        "rows of 512 a step": [(512, 512, n, 1) for n in rows],
     }
-    print("| what grows | tokens a step | tokens/s | GiB above the loaded model, a process |\n|---|---|---|---|")
+    if args.processes > 1:
+        series["processes, a row of 2,048 each"] = [(2048, 512, 1, n) for n in (1, 2)]
+    print_row("what grows", "tokens a step", "tokens/s", "GiB above the loaded model, a process")
+    print("|---|---|---|---|")
     curves = {}
     for name, points in series.items():
-        for point in points:
-            vars(args).update(point)
+        for args.length, args.document, args.rows, args.processes in points:
             with tempfile.TemporaryDirectory() as folder:
                 make_work(Path(folder), args)
                 result = measure("ours", folder, args)
             tokens = args.length * args.rows * args.processes
             if "error" in result:
-                print(f"| {name} | {tokens:,} | failed: {result['error']} |", flush=True)
+                print_row(name, f"{tokens:,}", f"failed: {result['error']}")
                 continue
-            curves.setdefault(name, []).append((tokens, result["tokens_per_second"], result["gib"]))
-            print(f"| {name} | {tokens:,} | {result['tokens_per_second']:,.0f} | {result['gib']:.2f} |", flush=True)
+            speed, memory = result["tokens_per_second"], result["gib"]
+            curves.setdefault(name, []).append((tokens, speed, memory))
+            print_row(name, f"{tokens:,}", f"{speed:,.0f}", f"{memory:.2f}")
     if curves:
         args.picture.write_text(growth_picture(curves), encoding="utf-8")
 
 
+COLORS, DASHES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"), ("none", "none", "6 4", "2 3")
+
+
 def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
     """tokens/s on the left, memory on the right, by tokens a step, all axes logarithmic. -> SVG"""
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 400" font-family="sans-serif" font-size="12">',
-             '<rect width="920" height="400" fill="white"/>']  # fmt: skip
-    all_points = [point for curve in curves.values() for point in curve]
-    for panel, (left, title) in enumerate(((60, "tokens/s by tokens a step"), (520, "GiB above the loaded model by tokens a step"))):
-        values, tokens = [math.log2(point[1 + panel]) for point in all_points], [math.log2(point[0]) for point in all_points]
-        low, high, first, last = math.floor(min(values)), math.ceil(max(values)), min(tokens), max(tokens)
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 400" font-family="sans-serif" '
+        'font-size="12">',
+        '<rect width="920" height="400" fill="white"/>',
+    ]
 
-        def x(n, left=left, first=first, last=last):
+    def text(x: float, y: float, content: str, more: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{content}</text>'
+
+    points = [point for curve in curves.values() for point in curve]
+    tokens = [math.log2(point[0]) for point in points]
+    first, last = min(tokens), max(tokens)
+    for panel, title in enumerate(("tokens/s", "GiB above the loaded model")):
+        left = (60, 520)[panel]
+        values = [math.log2(point[1 + panel]) for point in points]
+        low, high = math.floor(min(values)), math.ceil(max(values))
+
+        def x(n, left=left):
             return left + 360 * (math.log2(n) - first) / max(1, last - first)
 
         def y(value, low=low, high=high):
             return 320 - 280 * (math.log2(value) - low) / max(1, high - low)
 
-        parts.append(f'<text x="{left}" y="22" font-size="14">{title}</text>')
+        parts.append(text(left, 22, f"{title} by tokens a step", ' font-size="14"'))
         for power in range(low, high + 1):
-            line = f'<line x1="{left}" x2="{left + 360}" y1="{y(2.0**power):.1f}" y2="{y(2.0**power):.1f}" stroke="#ddd"/>'
+            height = f"{y(2.0**power):.1f}"
+            ends = f'x1="{left}" x2="{left + 360}" y1="{height}" y2="{height}"'
+            parts.append(f'<line {ends} stroke="#ddd"/>')
             value = f"{2.0**power:,.0f}" if power >= 0 else f"{2.0**power:.2g}"
-            parts.append(f'{line}<text x="{left - 6}" y="{y(2.0**power) + 4:.1f}" text-anchor="end">{value}</text>')
+            parts.append(text(left - 6, y(2.0**power) + 4, value, ' text-anchor="end"'))
         for power in range(math.ceil(first), math.floor(last) + 1):
-            parts.append(f'<text x="{x(2**power):.1f}" y="338" text-anchor="middle">{2**power:,}</text>')
-        for (name, curve), color, dash in zip(curves.items(), ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"), ("none", "none", "6 4", "2 3")):
+            parts.append(text(x(2**power), 338, f"{2**power:,}", ' text-anchor="middle"'))
+        for curve, color, dash in zip(curves.values(), COLORS, DASHES):
             path = " ".join(f"{x(point[0]):.1f},{y(point[1 + panel]):.1f}" for point in curve)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
-    for n, (name, color) in enumerate(zip(curves, ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"))):
-        parts.append(f'<rect x="{60 + 215 * n}" y="362" width="12" height="12" fill="{color}"/><text x="{78 + 215 * n}" y="373">{name}</text>')
+            line = f'fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"'
+            parts.append(f'<polyline points="{path}" {line}/>')
+    for n, (name, color) in enumerate(zip(curves, COLORS)):
+        parts.append(f'<rect x="{60 + 215 * n}" y="362" width="12" height="12" fill="{color}"/>')
+        parts.append(text(78 + 215 * n, 373, name))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--against", choices=["trl", "trl-padding", "padding", "nothing"], default="trl",
-        help="padding, trl-padding: our packed rows against ours, or TRL's, padded, 16 in a micro-batch; documents then have log-normal "
-        "lengths with --document as the median")  # fmt: skip
+    padding = "padding, trl-padding: our packed rows against ours, or TRL's, padded, 16 in a micro-"
+    padding += "batch; documents then have log-normal lengths with --document as the median"
+    sides = ["trl", "trl-padding", "padding", "nothing"]
+    add("--against", choices=sides, default="trl", help=padding)
     add("--methods", nargs="+", default=["lora"], choices=METHODS)
     add("--shape", choices=SHAPES, default="8x576")
     add("--layers", type=int, help="other than the shape's own number")
     add("--length", type=int, default=1024, help="tokens a packed row")
-    add("--document", type=int, default=256, help="tokens a document; of preference data, of prompt and one answer")
+    document = "tokens a document; of preference data, of prompt and one answer"
+    add("--document", type=int, default=256, help=document)
     add("--rows", type=int, default=1, help="rows, or pairs, a step")
     add("--steps", type=int, default=6)
-    add("--skip", type=int, default=2, help="of these steps, how many come before the clock starts")
-    add("--processes", type=int, default=1, help="of ours, under torchrun, each with its own rows; 2 with --growth: that series, too")
+    skip = "of these steps, how many come before the clock starts"
+    add("--skip", type=int, default=2, help=skip)
+    processes = "of ours, under torchrun, each with its own rows; 2 with --growth: that series, too"
+    add("--processes", type=int, default=1, help=processes)
     add("--repeats", type=int, default=3)
     add("--recompute", action="store_true", help="gradient checkpointing on both sides")
     add("--lora", action="store_true", help="LoRA in sft, dpo, orpo, reward and ppo as well")
     add("--flags", default="", help="more flags for our script, in one string")
-    add("--profile", action="store_true", help="of ours: milliseconds of a step, by kind of operation")
-    add("--growth", action="store_true", help="of ours: a table over row lengths, rows and processes, and a picture of it")
-    add("--until", type=int, default=32768, help="of --growth: at most so many tokens a row, and a step of rows of 512")
-    add("--picture", type=Path, default=ROOT / "examples" / "growth.svg", help="where --growth writes it")
+    kinds = "of ours: milliseconds of a step, by kind of operation"
+    add("--profile", action="store_true", help=kinds)
+    grows = "of ours: a table over row lengths, rows and processes, and a picture of it"
+    add("--growth", action="store_true", help=grows)
+    until = "of --growth: at most so many tokens a row, and a step of rows of 512"
+    add("--until", type=int, default=32768, help=until)
+    picture = ROOT / "examples" / "growth.svg"
+    add("--picture", type=Path, default=picture, help="where --growth writes it")
     add("--json", type=Path, help="write the figures here, too")
     for name in ("--worker", "--method", "--folder"):
         add(name, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
+def compare(args) -> None:
+    """A table of ours against --against."""
+    results, against = {}, args.against
+    memory = "GiB above the loaded model, ours"
+    print_row("method", "tokens/s, ours", against, "ratio (spread)", memory, against, "ratio")
+    print("|---|---|---|---|---|---|---|")
+    for method in args.methods:
+        args.method = method
+        alone = against == "nothing" or method == "ppo"
+        runs = {side: [] for side in (["ours"] if alone else ["ours", against])}
+        with tempfile.TemporaryDirectory() as folder:
+            make_work(Path(folder), args)
+            for _ in range(args.repeats):
+                for side in runs:
+                    runs[side].append(measure(side, folder, args))
+        errors = [(side, run["error"]) for side in runs for run in runs[side] if "error" in run]
+        if errors:
+            print_row(method, f"failed: {errors[0]}")
+            continue
+
+        def median(side: str, key: str, runs=runs) -> float:
+            return statistics.median(run[key] for run in runs[side]) if side in runs else math.nan
+
+        key = "tokens_per_second"
+        ratios = [a[key] / b[key] for a, b in zip(runs["ours"], runs.get(against, []))]
+        ratios = ratios or [math.nan]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        speed = [f"{median(side, key):,.0f}" for side in ("ours", against)]
+        memory = [median(side, "gib") for side in ("ours", against)]
+        print_row(method, *speed, f"{statistics.median(ratios):.2f} ({spread})",
+                  *(f"{gib:.2f}" for gib in memory), f"{memory[0] / memory[1]:.2f}")  # fmt: skip
+        rates = ("rollout_tokens_per_second", "update_tokens_per_second")
+        for name in rates if method == "ppo" else ():
+            print_row(name, f"{median('ours', name):,.0f}", *[""] * 5)
+        results[method] = runs
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        text = json.dumps({"args": settings, "results": results}, indent=1, default=str)
+        args.json.write_text(text)
+
+
 def main() -> None:
     args = parse_args()
     if args.worker:
-        return (theirs if args.worker.startswith("trl") else ours)(args.folder, args)
-    if args.profile or args.growth:
-        return profile(args) if args.profile else growth(args)
-    results = {}
-    print(f"| method | tokens/s, ours | {args.against} | ratio (spread) | GiB above the loaded model, ours | {args.against} | ratio |\n|---|---|---|---|---|---|---|")
-    for args.method in args.methods:
-        with tempfile.TemporaryDirectory() as folder:
-            make_work(Path(folder), args)
-            sides = ["ours"] + [args.against] * (args.against != "nothing" and args.method != "ppo")
-            runs = {side: [] for side in sides}
-            for _ in range(args.repeats):
-                for side in sides:
-                    runs[side].append(measure(side, folder, args))
-        errors = [(side, run["error"]) for side in sides for run in runs[side] if "error" in run]
-        if errors:
-            print(f"| {args.method} | failed: {errors[0]} |")
-            continue
-        speed, memory = ({side: statistics.median(run[key] for run in runs[side]) for side in sides} for key in ("tokens_per_second", "gib"))
-        speed.setdefault(args.against, math.nan), memory.setdefault(args.against, math.nan)
-        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["ours"], runs.get(args.against, []))] or [math.nan]
-        print(f"| {args.method} | {speed['ours']:,.0f} | {speed[args.against]:,.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-              f"{memory['ours']:.2f} | {memory[args.against]:.2f} | {memory['ours'] / memory[args.against]:.2f} |", flush=True)  # fmt: skip
-        for name in ("rollout_tokens_per_second", "update_tokens_per_second") if args.method == "ppo" else ():
-            print(f"| {name} | {statistics.median(run[name] for run in runs['ours']):,.0f} | | | | | |", flush=True)
-        results[args.method] = runs
-    if args.json:
-        args.json.write_text(json.dumps({"args": {k: v for k, v in vars(args).items() if k != "json"}, "results": results}, indent=1, default=str))
+        (theirs if args.worker.startswith("trl") else ours)(args.folder, args)
+    elif args.profile or args.growth:
+        (profile if args.profile else growth)(args)
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":

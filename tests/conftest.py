@@ -1,4 +1,4 @@
-"""What the tests share: the repository on the path, no network, a cache of their own, and small runs of the scripts."""
+"""What the tests share: no network, a cache of their own, and small runs of the scripts."""
 
 import json
 import os
@@ -7,23 +7,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-# One thread each: tiny models gain nothing from more, and processes that wait for each other's threads lose minutes.
+sys.path[:0] = [str(ROOT)]
+# One thread each: tiny models gain nothing from more, and waiting threads cost minutes.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
-import common  # noqa: E402
-
-# Tests train the random model, with a script's usual settings; its demonstration is what `--model` missing would mean.
-RANDOM = ["--model", "random"]
-parse_args = common.Parser.parse_args
-common.Parser.parse_args = lambda self, args: parse_args(self, [*args, *RANDOM * ("--model" not in args)])
+TINY = str(ROOT / "examples" / "tiny")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: needs minutes or a real model in $SMOLLM2; run with `pytest -m slow`")
+    config.addinivalue_line("markers", "slow: takes minutes, or needs a real model in $SMOLLM2")
     config.addinivalue_line("markers", "cuda: needs a CUDA GPU; skipped without one")
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
@@ -53,16 +49,35 @@ def no_process_group_is_left():
         torch.distributed.destroy_process_group()
 
 
-def run_script(script: str, *args, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory) -> str:
+    """A folder with a small random Llama (grouped-query attention, a tied head, float32) and the
+    bundled tokenizer, a token a byte. Its loss begins at about ln 320."""
+    folder = tmp_path_factory.mktemp("random_model")
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=257, pad_token_id=258,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return str(folder)
+
+
+def run_script(script: str, *args, env: dict | None = None, **options):
     """A script as a user runs it: its own process, its output captured."""
-    command = [sys.executable, str(ROOT / script), *map(str, args), *RANDOM * ("--model" not in args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}), **options)
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    settings = {"capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, env=os.environ | (env or {}), **settings | options)
 
 
 def read_metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)

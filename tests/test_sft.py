@@ -1,166 +1,269 @@
-"""sft.py: the worked example of its docstring, losses against TRL's SFTTrainer, NEFTune, early stopping, both ways to train."""
+"""sft.py: its docstring's example, TRL's SFTTrainer, NEFTune, and both ways to train."""
 
+import json
 import math
 
 import datasets
 import peft
 import pytest
-import safetensors.torch
 import torch
 import transformers
 import trl
-from conftest import RANDOM, read_metrics, run_script, write_rows
+from conftest import TINY, read_metrics, run_script, write_rows
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import common
 import sft
 
 CONVERSATIONS = [{"prompt": "Hi", "completion": "Yo"}, {"prompt": "2+2?", "completion": "4"}]
+ROWS = [{"prompt": f"Say {c} {n}.", "completion": c * n} for c in "abcdef" for n in (1, 3, 5)]
+CPU = torch.device("cpu")
 
 
-def arguments(*flags, data=None):
-    parser = common.make_parser("doc")
-    sft.add_training_flags(parser)
-    parser.add_argument("--loss-on", default="answers")
-    return parser.parse_args(["--output", "unused", "--eval-fraction", "0", *(["--data", data] if data else []), *map(str, flags)])
+@pytest.fixture
+def train(random_model, tmp_path):
+    """name, more flags -> the output folder of three steps"""
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    three = "--max-steps 3 --batch-size 6 --lr 0.002 --samples 0 --eval-data 0.2".split()
+
+    def run(name, *more):
+        start = ["--model", random_model, "--data", data, "--output", str(tmp_path / name)]
+        sft.main([*start, *three, *map(str, more)])
+        return tmp_path / name
+
+    return run
 
 
-def batch_of(rows, tmp_path, *flags):
-    args = arguments(*flags, data=write_rows(tmp_path / "rows.jsonl", rows))
-    corpus, _ = common.load_data(args, common.tiny_tokenizer(), 320)
-    corpus.order = lambda epoch: torch.arange(len(rows)).numpy()
-    return next(iter(corpus.deal(corpus.rows())))
+@pytest.fixture
+def arguments(monkeypatch, tmp_path):
+    """rows, more flags -> what sft.train gets from the command line"""
+
+    def parse(rows, *more):
+        seen, data = [], write_rows(tmp_path / "some.jsonl", rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "train", seen.append)
+            sft.main(["--model", TINY, "--data", data, "--eval-data", "0", *map(str, more)])
+        return seen[0]
+
+    return parse
 
 
-def worked_example(tmp_path) -> str:
-    """The table in sft.py's docstring, from the batch that the model gets."""
-    batch, tokenizer = batch_of(CONVERSATIONS, tmp_path), common.tiny_tokenizer()
+def examples_of(args) -> dict:
+    return common.load_data(args, common.load_tokenizer(args))[0][:]
+
+
+def one_pass(args) -> dict:
+    """All rows in one forward pass, in the order of the file."""
+    columns = examples_of(args)
+    rows = range(len(columns["input_ids"]))
+    examples = [{name: column[i] for name, column in columns.items()} for i in rows]
+    return common.collate(examples, args.no_packing, CPU)
+
+
+# ------------------------------------------------------------------------------------ masks
+
+
+def worked_example(batch) -> str:
+    """The table of sft.py's docstring, from the batch that the model gets."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     ids, positions = batch["input_ids"][0].tolist(), batch["position_ids"][0].tolist()
     documents = (torch.tensor(positions) == 0).cumsum(0).tolist()
     target = [i - 1 in batch["target_index"].tolist() for i in range(len(ids))]
     lines, start = ["    document  positions  target  text"], 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or (documents[i], target[i]) != (documents[start], target[start]):
-            place = f"{positions[start]:2} .. {positions[i - 1]:2}"
+            span = f"{positions[start]:2} .. {positions[i - 1]:2}"
             text = tokenizer.decode(ids[start:i]).replace("\n", "\\n")
-            lines.append(f"    {documents[start]:8}  {place:9}  {'yes' if target[start] else 'no':6}  {text}")
+            is_target = "yes" if target[start] else "no"
+            lines.append(f"    {documents[start]:8}  {span:9}  {is_target:6}  {text}")
             start = i
     return "\n".join(lines) + "\n"
 
 
-def test_the_worked_example_is_what_the_code_makes(tmp_path):
-    assert worked_example(tmp_path) in sft.__doc__.replace("\\\\n", "\\n")
+def test_the_worked_example_is_what_the_code_makes(arguments):
+    batch = one_pass(arguments(CONVERSATIONS))
+    assert worked_example(batch) in sft.__doc__
+    assert batch["targets"].tolist() == batch["input_ids"][0, batch["target_index"] + 1].tolist()
+    assert batch["stretches"].lengths == [24, 25]
 
 
-def test_loss_on_all_takes_every_token_but_the_first(tmp_path):
-    batch = batch_of(CONVERSATIONS, tmp_path, "--loss-on", "all")
-    ids, positions = batch["input_ids"][0], batch["position_ids"][0]
-    assert batch["targets"].tolist() == ids[positions > 0].tolist()
-    assert batch["target_index"].tolist() == [i - 1 for i in range(len(ids)) if positions[i] > 0]
+@pytest.mark.parametrize("more", [[], ["--no-packing"]])
+def test_loss_on_all_takes_every_token_but_the_first(more, arguments):
+    args = arguments(CONVERSATIONS, "--loss-on", "all", *more)
+    documents = examples_of(args)["input_ids"]
+    batch = one_pass(args)
+    assert batch["targets"].tolist() == [int(x) for ids in documents for x in ids[1:]]
+    width = max(map(len, documents)) if more else None
+    starts = [0, width or len(documents[0])]
+    expected = [start + i for start, ids in zip(starts, documents) for i in range(len(ids) - 1)]
+    assert batch["target_index"].tolist() == expected
 
 
+# -------------------------------------------------------------------------------- the judge
+
+# ChatML, with the targets marked for TRL.
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def trl_trainer(rows, folder, tokenizer, **settings):
+    config = trl.SFTConfig(
+        str(folder), per_device_train_batch_size=len(rows), report_to=[], use_cpu=True, bf16=False,
+        gradient_checkpointing=False, max_length=512, **settings,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    table = datasets.Dataset.from_list(rows)
+    return trl.SFTTrainer(model, config, train_dataset=table, processing_class=tokenizer)
+
+
+def assert_same_loss_and_gradient(batch, trainer, args):
+    ours = common.load_model(args, torch.float32, CPU, torch.float32)
+    loss = -ours.target_logps(**batch).mean()
+    inputs = trainer.data_collator(list(trainer.train_dataset))
+    expected = trainer.compute_loss(trainer.model.train(), inputs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    theirs = dict(trainer.model.named_parameters())
+    for name, p in ours.named_parameters():
+        scale = theirs[name].grad.abs().max().item()
+        torch.testing.assert_close(
+            p.grad, theirs[name].grad, rtol=0, atol=1e-5 * scale, msg=lambda text, n=name: n + text
+        )
+
+
+JUDGED = [{"prompt": f"Say {c}: ", "completion": c * n + "!"} for c in "ab" for n in (1, 7)]
+
+
+@pytest.mark.parametrize("packing", [[], ["--no-packing"]])
 @pytest.mark.parametrize("loss_on", ["answers", "all"])
-def test_the_loss_is_that_of_trls_trainer(loss_on, tmp_path):
-    rows = [{"prompt": c, "completion": c * n} for c in "ab" for n in (1, 7)]
-    batch, tokenizer = batch_of(rows, tmp_path, "--loss-on", loss_on), common.tiny_tokenizer()
-    model = common.load_model(arguments(), torch.float32, torch.device("cpu"))
-    ours = -model.target_logps(**batch).mean()
-    # ChatML, with the targets marked for TRL
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
-        "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
-    )
-    config = trl.SFTConfig(str(tmp_path), assistant_only_loss=loss_on == "answers", per_device_train_batch_size=4, report_to=[], use_cpu=True,
-                           bf16=False, gradient_checkpointing=False)  # fmt: skip
-    table = [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]} for row in rows]
-    trainer = trl.SFTTrainer(common.tiny_model(), config, train_dataset=datasets.Dataset.from_list(table), processing_class=tokenizer)
-    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+def test_loss_and_gradient_are_those_of_trls_trainer(loss_on, packing, arguments, tmp_path):
+    """On conversations, with the answers marked by the template."""
+    args = arguments(JUDGED, "--loss-on", loss_on, *packing)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = MARKED
+    roles = ("prompt", "user"), ("completion", "assistant")
+    rows = [
+        {"messages": [{"role": role, "content": row[key]} for key, role in roles]} for row in JUDGED
+    ]
+    trainer = trl_trainer(rows, tmp_path, tokenizer, assistant_only_loss=loss_on == "answers")
+    batch = one_pass(args)
+    if loss_on == "all":  # TRL also predicts the line break that the template writes at the end
+        inputs = trainer.data_collator(list(trainer.train_dataset))
+        ends = inputs["attention_mask"].sum(1) - 1
+        inputs["labels"][range(len(ends)), ends] = -100
+        trainer.data_collator = lambda rows: inputs
+    assert_same_loss_and_gradient(batch, trainer, args)
 
 
-@pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
-def test_neftune_noise_is_uniform_with_each_documents_own_length_and_only_in_training(packing, tmp_path):
-    rows = [{"prompt": "a", "completion": "b" * n} for n in (1, 300)]
-    batch = batch_of(rows, tmp_path, packing)
-    model = common.load_model(arguments(packing), torch.float32, torch.device("cpu"))
-    plain, seen = model.target_logps(**batch), []
+def test_prompt_and_completion_rows_are_those_of_trls_trainer(arguments, tmp_path):
+    """Without a template, strings are joined and eos follows the completion."""
+    args = arguments(JUDGED, "--template", "none")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = None
+    trainer = trl_trainer(JUDGED, tmp_path, tokenizer)
+    assert_same_loss_and_gradient(one_pass(args), trainer, args)
+
+
+# ---------------------------------------------------------------------------------- NEFTune
+
+
+@pytest.mark.parametrize("packing", [[], ["--no-packing"]])
+def test_neftune_is_uniform_with_each_documents_own_length_and_only_in_training(packing, arguments):
+    """Of a size that falls with the square root of length times width."""
+    args = arguments([{"prompt": "a", "completion": "b" * n} for n in (1, 300)], *packing)
+    batch, model = one_pass(args), common.load_model(args, torch.float32, CPU)
+    seen, plain = [], model.eval().target_logps(**batch)
     sft.add_neftune(model, alpha=5.0)
-    assert torch.equal(plain, model.target_logps(**batch))  # evaluation mode
-    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    model.train()
-    noisy = model.target_logps(**batch)
-    noise = seen[0] - model.get_input_embeddings()(batch["input_ids"])  # (B, T, d)
-    if packing == "--packing":
-        lengths, parts = batch["documents"][0], noise[0].split(batch["documents"][0])
-    else:
+    assert torch.equal(plain, model.target_logps(**batch))
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    noisy = model.train().target_logps(**batch)
+    noise = (seen[0] - model.get_input_embeddings()(batch["input_ids"])).detach()  # (B, T, d)
+    if packing:
         lengths = batch["attention_mask"].sum(1).tolist()
         parts = [row[:length] for row, length in zip(noise, lengths)]
+    else:
+        lengths = batch["stretches"].lengths
+        parts = noise[0].split(lengths)
+    assert len(lengths) == 2 and max(lengths) > 10 * min(lengths)
     for length, part in zip(lengths, parts):
         bound = 5 / math.sqrt(length * 128)
-        assert 0.99 * bound < part.abs().max() <= bound * 1.0001  # uniform on (-bound, bound)
+        assert 0.99 * bound < part.abs().max() <= bound * 1.0001
         assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert part.mean().abs() < 0.05 * bound
     assert not torch.equal(plain, noisy) and noisy.requires_grad
 
 
-def few(tmp_path, name, *more):
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Say {c} {n}.", "completion": c * n} for c in "abcdef" for n in (1, 3, 5)])
-    return ["--data", data, "--output", str(tmp_path / name), "--batch-size", "1", "--max-length", "128", "--samples", "0", *map(str, more)]
+def test_neftune_reaches_no_evaluation(train):
+    """The first held-out loss is that of a run without it; the first training loss is not."""
+    plain, noisy = (
+        {key: x for line in reversed(read_metrics(folder)) for key, x in line.items()}
+        for folder in (train("plain"), train("noisy", "--neftune", 20))
+    )
+    assert plain["eval_loss"] == noisy["eval_loss"] and plain["loss"] != noisy["loss"]
 
 
-def test_patience_stops_and_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path, capsys):
-    """A rate so high that the loss rises: the best weights are an early evaluation's, not the last step's."""
-    more = ("--eval-every", 2, "--save-every", 2, "--max-steps", 60, "--schedule", "constant", "--lr", 5e-3, "--eval-fraction", 0.3)
-    sft.main(few(tmp_path, "run", *more, "--patience", 3))
-    entries = read_metrics(tmp_path / "run")
-    losses = {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry and "done" not in entry}
-    best = min(losses, key=losses.get)
-    last = entries[-1]["step"]
-    assert last == best + 6 < 60 and list(losses)[-1] == last
-    assert entries[-1]["done"] and entries[-1]["eval_loss"] == losses[best]
-    assert "taking back" in capsys.readouterr().out
-    sft.main(few(tmp_path, "again", *more[:4], "--max-steps", 60, *more[6:], "--max-steps", best, "--warmup-ratio", 0.03 * 60 / best))
-    saved, again = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
-    assert all(torch.equal(saved[name], again[name]) for name in saved)
+# ------------------------------------------------------------------------------ both results
 
 
-def test_a_run_whose_patience_ran_out_does_not_train_on_after_resume(tmp_path, monkeypatch):
-    more = ("--eval-every", 2, "--save-every", 2, "--max-steps", 60, "--schedule", "constant", "--lr", 5e-3, "--eval-fraction", 0.3, "--patience", 2)
-    sft.main(few(tmp_path, "whole", *more))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed between the last step and the result
-        patch.setattr(common.Run, "show_samples", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        sft.main(few(tmp_path, "parts", *more))
-    sft.main(few(tmp_path, "parts", *more, "--resume"))
-    whole, parts = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert read_metrics(tmp_path / "parts")[-1]["step"] == read_metrics(tmp_path / "whole")[-1]["step"]
+@torch.no_grad()
+def logits(model):
+    return model.eval()(torch.arange(40)[None]).logits
 
 
-def test_an_adapter_and_a_whole_model_are_saved_as_others_load_them(tmp_path):
-    ids = torch.arange(40)[None]
-    sft.main(few(tmp_path, "whole", "--max-steps", 3, "--neftune", 5, "--lr", 1e-3))
-    sft.main(few(tmp_path, "adapter", "--max-steps", 3, "--lora-rank", 4, "--lr", 1e-2))
-    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "base")
-    adapted = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "base"), tmp_path / "adapter")
-    with torch.no_grad():
-        logits = [model(input_ids=ids).logits for model in (whole, base, adapted)]
-    assert (logits[0] - logits[1]).abs().max() > 1e-3 and (logits[2] - logits[1]).abs().max() > 1e-3
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "whole")
-    assert config.architectures == ["LlamaForCausalLM"] and (tmp_path / "whole" / "chat_template.jinja").exists()
+def test_a_whole_model_is_saved_as_transformers_loads_it(train, random_model):
+    folder = train("run", "--neftune", 5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(random_model)
+    assert model.config.architectures == ["LlamaForCausalLM"] and model.dtype == torch.float32
+    assert (logits(model) - logits(base)).abs().max() > 1e-3
+    weights, before = load_file(folder / "model.safetensors"), base.state_dict()
+    assert [name for name, x in weights.items() if torch.equal(x, before[name])] == []
+    assert (folder / "chat_template.jinja").exists()
 
 
-def test_the_command_line_runs(tmp_path):
-    run = run_script("sft.py", *few(tmp_path, "run", "--max-steps", 2, "--lora-rank", 2))
-    assert run.returncode == 0 and "Merge it into its base" in run.stdout, run.stderr
+def test_lora_rank_saves_what_peft_loads_and_an_adapter_continues(train, random_model):
+    first = train("a", "--lora-rank", 4, "--lora-alpha", 6, "--targets", "q_proj,up_proj",
+                  "--lr", 0.01)  # fmt: skip
+    config = json.loads((first / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 6)
+    base = transformers.AutoModelForCausalLM.from_pretrained(random_model)
+    before = logits(base)
+    model = peft.PeftModel.from_pretrained(base, first)
+    assert (logits(model) - before).abs().max() > 1e-3
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4
+    with safe_open(first / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["base_fingerprint"]
+
+    second = train("b", "--adapter", first)  # --lora-rank is the adapter's own
+    config = json.loads((second / "adapter_config.json").read_text())
+    assert (config["r"], config["target_modules"]) == (4, ["q_proj", "up_proj"])
+    old, new = (
+        [line["eval_loss"] for line in read_metrics(folder) if "eval_loss" in line]
+        for folder in (first, second)
+    )
+    assert new[0] == pytest.approx(old[-1], abs=1e-6)
+    saved = load_file(second / "adapter_model.safetensors").values()
+    assert sum(x.numel() for x in saved) == 4 * (2 * 128 + 2 * 192)
 
 
-def test_a_result_leaves_nothing_of_another_kind(tmp_path):
-    """A stale adapter beside a model would be loaded on top of it, a stale model beside an adapter in its place."""
-    base = [*RANDOM, "--data", write_rows(tmp_path / "rows.jsonl", [{"prompt": c, "completion": c} for c in "abcdefgh"])]
-    flags = [*base, "--output", str(tmp_path / "run"), "--max-steps", "1", "--samples", "0", "--eval-fraction", "0"]
-    model, adapter = {"config.json", "generation_config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
-    sft.main([*flags, "--lora-rank", "2"])
-    (tmp_path / "run" / "adapter_old").mkdir()  # a folder of the user's
-    for more, here, gone in (([], model, adapter), (["--lora-rank", "2"], adapter, model)):
-        sft.main([*flags, *more])
-        names = {path.name for path in (tmp_path / "run").iterdir()}
-        assert here | {"adapter_old"} <= names and not gone & names
+def test_offload_equals_the_plain_run(train):
+    plain, offloaded = (
+        load_file(train(name, *more, "--lr", 0.0005) / "model.safetensors")
+        for name, more in (("a", []), ("b", ["--offload"]))
+    )
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensor, offloaded[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_as_a_newcomer_runs_it(tmp_path):
+    run = run_script("sft.py", "--max-steps", 2, "--samples", 1, "--lora-rank", 2, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    folder = tmp_path / "runs" / "demo" / "sft"
+    assert (folder / "adapter_model.safetensors").exists() and read_metrics(folder)[-1]["done"]
+    assert "--- before training ---" in run.stdout and "Traceback" not in run.stderr

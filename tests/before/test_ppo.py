@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_metrics, write_rows
+from before import ROOT, read_metrics, write_rows
 from safetensors.torch import load_file
 
-import common
+import common_before as common
 import ppo
 
 RULES = ROOT / "examples" / "rewards.py"

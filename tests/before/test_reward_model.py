@@ -16,10 +16,10 @@ import tokenizers
 import torch
 import transformers
 import trl
-from conftest import ROOT, read_metrics, run_script, write_rows
+from before import ROOT, read_metrics, run_script, write_rows
 from safetensors.torch import load_file
 
-import common
+import common_before as common
 import reward_model
 
 CPU = torch.device("cpu")

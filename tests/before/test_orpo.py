@@ -6,12 +6,12 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import read_metrics, write_rows
+from before import read_metrics, write_rows
 from safetensors.torch import load_file
 from test_dpo import PAIRS, arguments, one_batch
 from trl.experimental.orpo import ORPOTrainer
 
-import common
+import common_before as common
 import orpo
 
 FEW = ["--max-steps", "3", "--batch-size", "2", "--samples", "0", "--log-every", "1", "--lr", "1e-3", "--eval-fraction", "0.3"]

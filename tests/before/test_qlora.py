@@ -6,15 +6,15 @@ import bitsandbytes.functional as reference
 import pytest
 import torch
 import transformers
-from conftest import read_metrics, run_script
+from before import read_metrics, run_script
 from safetensors.torch import load_file
 from torch import nn
 
-import common
+import common_before as common
 import qlora
-from test_lora import from_peft
-from test_model import build, packed_batch
-from test_run import Killed, flags, kill_after, without_times
+from before import from_peft
+from test_common_before import build, packed_batch
+from before import Killed, flags, kill_after, without_times
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,13 +6,13 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import read_metrics, run_script
+from before import read_metrics, run_script
 from torch import nn
 
-import common
+import common_before as common
 import dora
-from test_lora import LLAMA_7B, from_peft
-from test_model import build, packed_batch
+from before import LLAMA_7B, from_peft
+from test_common_before import build, packed_batch
 
 
 def random_layer(bias=True, dtype=torch.float32):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import trl
-from conftest import read_metrics, write_rows
+from before import read_metrics, write_rows
 from safetensors.torch import load_file
 from trl.experimental.cpo import CPOTrainer
 
-import common
+import common_before as common
 import dpo
 
 PAIRS = [{"prompt": f"Say {c}.", "chosen": c * n, "rejected": "no " * n + c} for n in (1, 2, 5) for c in "abcd"]

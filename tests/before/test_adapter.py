@@ -9,15 +9,15 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_metrics, run_script, write_rows
+from before import ROOT, read_metrics, run_script, write_rows
 from safetensors.torch import load_file
 from torch import nn
 
 import adapter
-import common
-from test_lora import LLAMA_7B
-from test_model import build, packed_batch
-from test_run import Killed, flags, kill_after, without_times
+import common_before as common
+from before import LLAMA_7B
+from test_common_before import build, packed_batch
+from before import Killed, flags, kill_after, without_times
 
 
 def randomize(model, std=0.3):

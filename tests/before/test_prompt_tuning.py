@@ -10,14 +10,14 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, read_metrics, run_script
+from before import ROOT, read_metrics, run_script
 from safetensors.torch import load_file
 
-import common
+import common_before as common
 import prompt_tuning
-from test_lora import LLAMA_7B, damage, from_peft
-from test_model import build
-from test_run import Killed, flags, kill_after, without_times
+from before import LLAMA_7B, damage, from_peft
+from test_common_before import build
+from before import Killed, flags, kill_after, without_times
 
 SHORT = ["--max-steps", "3", "--batch-size", "2", "--max-length", "256", "--samples", "0", "--lr", "0.1"]
 
