@@ -126,7 +126,8 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
     """demo: the script's own settings where neither --model nor --data is given."""
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and not value >= 0:
+        least = name in ("batch_size", "eval_every", "save_every", "micro_batch_tokens")
+        if isinstance(value, int | float) and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} {value} is not a positive number")
     if args.inspect and not args.data:
         raise UserError("--inspect needs --data")
@@ -791,8 +792,9 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
-    # FSDP2 needs a process group, also for --offload on one GPU
-    if (RANKS > 1 or getattr(args, "offload", False)) and not dist.is_initialized():
+    # FSDP2 needs a process group, also on one GPU
+    alone = getattr(args, "offload", False) or getattr(args, "shard", False)
+    if (RANKS > 1 or alone) and not dist.is_initialized():
         options = {"timeout": timedelta(hours=4)}  # while rank 0 tokenises or saves
         if RANKS == 1:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -1486,11 +1488,8 @@ class Log:
         lines = []
         if RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if (
-                run["step"] and self.path.exists()
-            ):  # after --resume: without torn lines and those past the checkpoint
-                lines = [x for x in self.path.read_text("utf-8").splitlines() if x.endswith("}")]
-                lines = [x for x in lines if json.loads(x).get("step", 0) <= run["step"]]
+            if self.path.exists():  # after --resume: without the lines past the checkpoint
+                lines = self.path.read_text("utf-8").splitlines()[: run["lines"]]
             rewritten = self.path.with_suffix(".unfinished")
             rewritten.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             replace(rewritten, self.path)
@@ -1516,6 +1515,7 @@ class Log:
 
     def write(self, **entry) -> None:
         if RANK == 0:
+            self.run["lines"] += 1
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -1628,8 +1628,8 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
 def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dict:
     """With --resume, continue from the newest checkpoint in --output.
 
-    -> run, which a checkpoint keeps: step and tokens so far, best_loss (held out) and best_step,
-    and in `fixed` what may not differ after --resume.
+    -> run, which a checkpoint keeps: steps, tokens and lines of metrics.jsonl so far, best_loss
+    (held out) and best_step, and in `fixed` what may not differ after --resume.
     """
     digests = np.asarray(train_set["digest"][:])[[n for step in steps for n in step]]
     fixed = {f"--{key.replace('_', '-')}": x for key, x in vars(args).items() if key in FIXED}
@@ -1642,7 +1642,8 @@ def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dic
         return run
     if RANK == 0:
         shutil.rmtree(Path(args.output) / "checkpoint", ignore_errors=True)
-    return {"step": 0, "tokens": 0, "best_loss": math.inf, "best_step": 0, "fixed": fixed}
+    zero = {"step": 0, "tokens": 0, "lines": 0}
+    return zero | {"best_loss": math.inf, "best_step": 0, "fixed": fixed}
 
 
 def exit_stopped(step: int, kind: int) -> None:

@@ -23,7 +23,6 @@ forward pass of the bundled model, which has one token for each byte:
   - A target is predicted from the position before it: "Y" from the line break after "assistant".
     The end-of-turn token is a target, or the model would never learn to stop.
   - Positions restart, and the second conversation cannot see the first.
-  - The mask is found by position: where padding is eos, a mask by id would drop the end of turn.
 
 Choices and departures from the paper
   - Every parameter trains; --lora-rank R trains a LoRA adapter instead (lora.py explains it).
@@ -31,10 +30,6 @@ Choices and departures from the paper
   - --neftune ALPHA adds noise to the embeddings (Jain et al. 2023, arXiv 2310.05914):
     x + ALPHA / sqrt(L d) U(-1, 1), L the document's length.
 
-Questions people ask
-  Which rate?       2e-5 where every parameter trains (the default), about 2e-4 for LoRA.
-
-    python sft.py --inspect --data chat.jsonl                   # every token, target or context
     python sft.py                                               # the bundled model learns a form
     python sft.py --model BASE --data chat.jsonl --patience 3
     python sft.py --model BASE --data chat.jsonl --lora-rank 16 --lr 2e-4

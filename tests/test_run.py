@@ -460,7 +460,6 @@ def test_a_run_killed_and_resumed_twice_logs_nothing_twice(flags, tmp_path, monk
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.xfail(strict=True, reason="lines written after the last checkpoint are kept")
 def test_a_run_killed_after_its_last_checkpoint_logs_nothing_twice(flags, tmp_path, monkeypatch):
     """That is at the last step: the answers after training come later, and so does the end."""
     more = ["--samples", 2, "--max-steps", 10]
