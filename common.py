@@ -470,10 +470,10 @@ def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
     empty = [i for i in answers if not any(plain(turns[i].get(key) or "") for key in SAID)]
     if not answers or empty:
         return []
-    # what follows the last answer teaches nothing; only joined strings have no tokens around them
+    # what follows the last answer teaches nothing
     turns = turns[: answers[-1] + 1]
     texts = render_answers(tokenizer, turns, tools, answers)
-    joined = tokenizer.chat_template == JOINED
+    joined = tokenizer.chat_template == JOINED  # no template has written special tokens
     encoded = [tokenize(tokenizer, *text, add_special_tokens=joined) for text in texts]
     check_answers(tokenizer, encoded, turns, answers, tools)
     return encoded
