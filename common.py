@@ -572,6 +572,7 @@ def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | Non
     """-> (training examples, held-out examples or None), columns as EXAMPLE and `source`."""
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 10**9
+    longest -= getattr(args, "virtual_tokens", 0)  # they take positions
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
@@ -1612,7 +1613,7 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
 # Flags that may not differ after --resume: they change the examples of a step or its update.
 FIXED = """batch_size epochs max_steps max_length lr warmup_ratio weight_decay max_grad_norm seed
 dtype system template adapter rank alpha dropout targets optimizer step_in_backward pure_bfloat16
-l2_sp train loss_on neftune prefix_length prompt_length init_text hidden encoder""".split()
+l2_sp train loss_on neftune virtual_tokens init_text hidden encoder""".split()
 
 
 def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:

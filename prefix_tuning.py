@@ -7,7 +7,7 @@ equation 3 and the MLP of its section 4.3:
     [K_0 V_0 K_1 V_1 ...] = start + MLP(E)                        MLP(e) = W2 tanh(W1 e + b1) + b2
 
     Q, K, V           what the frozen layer computes of the text
-    K_i, V_i          prefix    (P, heads, head_dim) each    P = --prefix-length, key-value heads
+    K_i, V_i          prefix    (P, heads, head_dim) each    P = --virtual-tokens, key-value heads
     start             (P, 2 L heads head_dim), L layers      frozen: see below
     E                 prefix.embedding  (P, d)               float32, as the MLP is
     W1, b1, W2, b2    prefix.mlp   d -> --hidden -> 2 L heads head_dim    W2 and b2 start at zero
@@ -156,7 +156,7 @@ def starting_prefix(model, tokenizer, args) -> torch.Tensor:
         if start.shape[1] != like.numel():
             raise common.UserError(f"--adapter {args.adapter} does not fit this model")
         return start.float().view(-1, *like.shape[1:]).to(like.device)
-    P, size = args.prefix_length, len(model.get_input_embeddings().weight)
+    P, size = args.virtual_tokens, len(model.get_input_embeddings().weight)
     ids = torch.randint(size, (P,), device="cpu").tolist()
     if args.init_text:
         ids = tokenizer(args.init_text, add_special_tokens=False).input_ids
@@ -298,7 +298,7 @@ def save_prefix(args, model, tokenizer) -> None:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/prefix_tuning", lr=3e-4)
     add = parser.add_argument_group("prefix tuning").add_argument
-    add("--prefix-length", type=int, default=20, help="P: trained keys and values in each layer")
+    add("--virtual-tokens", type=int, default=20, help="P: trained keys and values in each layer")
     add("--init-text", metavar="TEXT", help="start as if the base had read it; None: sampled")
     add("--hidden", type=int, default=512, help="width of the MLP; 0: without it, P-Tuning v2")
     start = "start from this prefix, ours or PEFT's, with its length"
