@@ -1321,7 +1321,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
     say(f"the adapter is in {args.output}")
 
 
-def save_model(args, model, tokenizer, dtype: torch.dtype, base: str = "") -> None:
+def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = None) -> None:
     """A Hugging Face folder with weights in dtype, gathered on rank 0. base: its fingerprint; if
     given, what trains is also saved alone, in trained.safetensors."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
