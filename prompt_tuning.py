@@ -119,8 +119,10 @@ def starting_prompt(model, tokenizer, args) -> torch.Tensor:
     (repeated or cut to P) or of sampled tokens. -> (P, d)"""
     embedding, P = model.get_input_embeddings(), args.virtual_tokens
     if args.adapter:
-        kinds = "PROMPT_TUNING", "P_TUNING"
-        return common.load_adapter(args.adapter, model, *kinds)[1]["prompt_embeddings"]
+        _, tensors = common.load_adapter(args.adapter, model, "PROMPT_TUNING", "P_TUNING")
+        if tensors["prompt_embeddings"].shape[1] != embedding.weight.shape[1]:
+            raise common.UserError(f"--adapter {args.adapter} does not fit this model")
+        return tensors["prompt_embeddings"]
     if args.encoder != "none":
         return torch.randn(P, embedding.weight.shape[1], device="cpu")
     ids = torch.randint(len(embedding.weight), (P,), device="cpu").tolist()
@@ -217,7 +219,7 @@ def train(args) -> None:
     # --- end ---
     save_prompt(args, model, tokenizer)
     if args.demo:
-        common.say("DEMO")
+        common.say("The bundled model is too small to learn this by prompt tuning")
     log.done()
 
 
@@ -277,7 +279,8 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/prompt_tuning", lr=1e-2)
     add = parser.add_argument_group("prompt tuning").add_argument
     add("--virtual-tokens", type=int, default=20, help="P: trained vectors before every text")
-    kinds, what = ["none", "mlp", "lstm"], "lstm: P-Tuning; mlp: as PEFT has it; none: prompt tuning"
+    kinds = {"none": "prompt tuning", "mlp": "PEFT's P-Tuning", "lstm": "P-Tuning"}
+    what = ", ".join(f"{kind}: {name}" for kind, name in kinds.items())
     add("--encoder", choices=kinds, default="none", help=what)
     add("--hidden", type=int, default=512, help="width of the encoder")
     add("--init-text", metavar="TEXT", help="start from its embeddings; None: from sampled ones")

@@ -27,6 +27,11 @@ RUNS = {
     "full_ft, an untied head": ("full_ft", [*FULL, "--model", "UNTIED"]),
     "full_ft, a rank without an example": ("full_ft", [*FULL, *ONE]),
     "full_ft, padded": ("full_ft", [*FULL, "--no-packing", "--gradient-checkpointing"]),
+    "full_ft --train": ("full_ft", [*FULL, "--train", "mlp|norm", "--l2-sp", "0.1"]),
+    "prefix_tuning": ("prefix_tuning", LORA),
+    "prefix_tuning --hidden 0": ("prefix_tuning", [*LORA, "--hidden", "0", *ONE]),
+    "prompt_tuning": ("prompt_tuning", [*LORA, "--virtual-tokens", "5"]),
+    "prompt_tuning --encoder": ("prompt_tuning", [*LORA, "--encoder", "lstm", "--hidden", "8"]),
     "sft": ("sft", [*FULL, "--loss-on", "all", "--samples", "2"]),
     "sft --lora-rank --shard": ("sft", [*LORA, "--lora-rank", "4", "--shard"]),
 }
