@@ -6,38 +6,31 @@ equation 3 and the MLP of its section 4.3:
     layer i:  softmax(Q [K_i; K]^T / sqrt(head_dim)) [V_i; V]     only K_i and V_i are trained
     [K_0 V_0 K_1 V_1 ...] = start + MLP(E)                        MLP(e) = W2 tanh(W1 e + b1) + b2
 
-    Q, K, V           what the frozen layer computes of the text
-    K_i, V_i          prefix    (P, heads, head_dim) each    P = --virtual-tokens, key-value heads
-    start             (P, 2 L heads head_dim), L layers      frozen: see below
-    E                 prefix.embedding  (P, d)               float32, as the MLP is
-    W1, b1, W2, b2    prefix.mlp   d -> --hidden -> 2 L heads head_dim    W2 and b2 start at zero
+    Q, K, V   what the frozen layer computes of the text
+    K_i, V_i  (P, heads, head_dim)      P = --virtual-tokens, heads of keys and values
+    start     prefix.start              (P, 2 L heads head_dim), L layers, float32, frozen
+    E         prefix.embedding          (P, d), float32
+    MLP       prefix.mlp                d -> --hidden -> 2 L heads head_dim, float32
 
 P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602) is this without the MLP: --hidden 0 trains start
 itself. P-Tuning, the first, is prompt_tuning.py --encoder.
 
-In the attention, the prefix is a stretch of P keys that has no queries, and every document of a
-packed pass reads it (`behind_prefix`), as an answer reads its prompt. So documents are packed and
-blocks can be computed again, and training needs no cache.
+In the attention, the prefix is a stretch of P keys without queries that every document of a packed
+pass reads (`behind_prefix`): training needs no cache, and blocks can be computed again.
 
 Choices and departures from the paper
-  - start holds the base's own keys and values of the tokens of --init-text, else of tokens sampled
-    from the whole vocabulary. The MLP is 0 at first, so step 0 is exactly the base that reads
-    these tokens before each text. The paper has the MLP alone; it found that starting from real
-    words helps where data are few.
-  - P is 20. The paper tunes it by task, from 10 to 200.
-  - Keys are kept as they are after rotary embedding, at positions 0 to P - 1, and the text begins
-    at P. PEFT does the same: PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)
-    has the paper's MLP.
-  - --micro-batch-tokens does not count the prefix: it costs P keys a document, and no queries.
+  - start has the base's own keys and values of --init-text, else of sampled tokens, and W2 = b2 =
+    0 at first: step 0 is exactly the base that reads these tokens before each text. The paper has
+    the MLP alone; it found that starting from real words helps where data are few.
+  - P is 20; the paper tunes it, from 10 to 200. --micro-batch-tokens does not count it.
+  - Keys are kept as after rotary embedding, at positions 0 to P - 1, and the text begins at P, as
+    in PEFT, where PrefixTuningConfig(prefix_projection=True) has the paper's MLP.
 
 Questions people ask
-  Why an MLP?         It ties layers and positions together, which the paper found more stable. At
-                      LLaMA-7B it has 137 million parameters for a prefix of 5.2 million. Only the
-                      prefix is saved.
-  A prefix of zeros?  Not the base model: a key of 0 has score 0, and takes its share of every
-                      softmax.
-  Prefix or prompt?   prompt_tuning.py trains vectors before the first layer. From the same tokens
-                      both start at the same loss; a prefix has more parameters and learns faster.
+  Why an MLP?         It ties layers and positions together, which the paper found more stable.
+                      Only the prefix is saved (LLaMA-7B: 5.2 million numbers; MLP 137 million).
+  Are zeros no-ops?   No: a key of 0 has score 0, and takes its share of every softmax.
+  Prefix or prompt?   prompt_tuning.py trains vectors before the first layer: fewer and slower.
   What does it cost?  P more keys for each query, also at inference: nothing can be merged.
 
 Measured: MEASURED
@@ -66,19 +59,15 @@ class Prefix(nn.Module):
     def __init__(self, start: torch.Tensor, embedding_size: int, hidden: int):
         super().__init__()
         self.shape, start = start.shape, start.flatten(1)  # (P, 2 L heads head_dim)
-        self.mlp = None
-        if not hidden:
-            self.start = nn.Parameter(start)
-            return
-        self.register_buffer("start", start, persistent=False)
-        self.embedding = nn.Embedding(len(start), embedding_size)
-        first, last = nn.Linear(embedding_size, hidden), nn.Linear(hidden, start.shape[1])
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.mlp = nn.Sequential(first, nn.Tanh(), last)
+        self.start, self.mlp = nn.Parameter(start, requires_grad=not hidden), None
+        if hidden:
+            self.embedding = nn.Embedding(len(start), embedding_size)
+            first, last = nn.Linear(embedding_size, hidden), nn.Linear(hidden, start.shape[1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.mlp = nn.Sequential(first, nn.Tanh(), last)
 
-    def forward(self) -> torch.Tensor:
-        """-> (P, 2 L heads head_dim)"""
+    def forward(self) -> torch.Tensor:  # (P, 2 L heads head_dim)
         return self.start + self.mlp(self.embedding.weight) if self.mlp else self.start
 
     def keys_and_values(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -122,24 +111,21 @@ def generate(model, input_ids, attention_mask, **options) -> torch.Tensor:
 
 @torch.no_grad()
 def keys_and_values_of(model, ids: list[int]) -> torch.Tensor:
-    """What the base computes of P tokens: (P, 2 L, heads, head_dim) float32, as `Prefix` has it.
-    Refuses models whose layers cannot all hold a prefix."""
+    """What the base computes of P tokens: (P, 2 L, heads, head_dim), float32."""
     ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     with common.own_attention(model), common.evaluating(model):
         cache = getattr(model.base_model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", [])
-    plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
-    states = [x for layer in layers for x in (layer.keys, layer.values)] if plain else []
-    whole = len(layers) == model.config.get_text_config().num_hidden_layers
-    if not whole or len({x.shape for x in states}) != 1:
-        raise common.UserError(f"{type(model).__name__} has sliding-window or recurrent layers, or "
-            "several shapes of keys and values: use prompt_tuning.py")  # fmt: skip
+    layers = [x for x in getattr(cache, "layers", []) if type(x) is DynamicLayer]
+    states = [x for layer in layers for x in (layer.keys, layer.values)]
+    every = len(layers) == model.config.get_text_config().num_hidden_layers
+    if not every or len({x.shape for x in states}) != 1:
+        kind = f"{type(model).__name__} has sliding windows, recurrent layers or unequal layers"
+        raise common.UserError(f"{kind}: use prompt_tuning.py")
     return torch.stack([x[0].transpose(0, 1).float() for x in states], dim=1)
 
 
 def add_prefix(model, start: torch.Tensor, hidden: int) -> None:
-    """Freeze the model and put a trained prefix before all that it reads, in training and in
-    generation."""
+    """Freeze the model; its texts are read behind the prefix, in training and in generation."""
     model.requires_grad_(False)
     prefix = Prefix(start.cpu(), model.get_input_embeddings().weight.shape[1], hidden)
     model.prefix = prefix.to(start.device)
@@ -148,14 +134,11 @@ def add_prefix(model, start: torch.Tensor, hidden: int) -> None:
 
 
 def starting_prefix(model, tokenizer, args) -> torch.Tensor:
-    """That of --adapter, else of the tokens of --init-text (repeated or cut to P), else of sampled
-    tokens. -> (P, 2 L, heads, head_dim)"""
+    """Of --adapter, else of --init-text (repeated or cut to P tokens), else of sampled tokens."""
     if args.adapter:
         _, tensors = common.load_adapter(args.adapter, model, "PREFIX_TUNING")
-        like, start = keys_and_values_of(model, [0]), tensors["prompt_embeddings"]
-        if start.shape[1] != like.numel():
-            raise common.UserError(f"--adapter {args.adapter} does not fit this model")
-        return start.float().view(-1, *like.shape[1:]).to(like.device)
+        like = keys_and_values_of(model, [0])
+        return tensors["prompt_embeddings"].to(like).view(-1, *like.shape[1:])
     P, size = args.virtual_tokens, len(model.get_input_embeddings().weight)
     ids = torch.randint(size, (P,), device="cpu").tolist()
     if args.init_text:
@@ -176,9 +159,8 @@ def train(args) -> None:
     add_prefix(model, starting_prefix(model, tokenizer, args), args.hidden)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
-    trained, kept = sum(p.numel() for p in parameters), model.prefix.start.numel()
-    common.say(f"{trained:,} parameters train, {kept:,} are kept: {len(model.prefix.start)} "
-        "positions in each layer")  # fmt: skip
+    trained = sum(p.numel() for p in parameters)
+    common.say(f"{trained:,} parameters train; the prefix has {model.prefix.start.numel():,}")
 
     # --- copied from lora.py: start of the run ---
     steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
@@ -285,8 +267,7 @@ def print_samples(before, after) -> None:
 
 
 def save_prefix(args, model, tokenizer) -> None:
-    """In PEFT's form: in column 2 i heads head_dim begin the keys of layer i, after them its
-    values."""
+    """In PEFT's form."""
     P, states, heads, head_dim = model.prefix.shape
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": P, "num_layers": states // 2}
     config |= {"token_dim": heads * head_dim, "num_attention_heads": heads}
@@ -301,11 +282,10 @@ def main(argv=None) -> None:
     add("--virtual-tokens", type=int, default=20, help="P: trained keys and values in each layer")
     add("--init-text", metavar="TEXT", help="start as if the base had read it; None: sampled")
     add("--hidden", type=int, default=512, help="width of the MLP; 0: without it, P-Tuning v2")
-    start = "start from this prefix, ours or PEFT's, with its length"
-    add("--adapter", metavar="FOLDER", help=start)
-    train(common.parse_args(parser, argv, demo={"lr": 2e-3}))
+    add("--adapter", metavar="FOLDER", help="start from this prefix, ours or PEFT's")
+    train(common.parse_args(parser, argv, demo={"lr": 5e-3, "epochs": 15}))
 
 
 if __name__ == "__main__":
-    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --micro-batch-tokens; "
-                  "a shorter --max-length; --hidden 0")  # fmt: skip
+    tries = "--gradient-checkpointing; a smaller --micro-batch-tokens; --max-length; --hidden 0"
+    common.launch(main, out_of_memory=tries)

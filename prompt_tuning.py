@@ -22,23 +22,23 @@ P-Tuning v2, keys and values in every layer, is prefix_tuning.py --hidden 0.
 Choices and departures from the papers
   - AdamW with learning rate 1e-2 instead of Lester's Adafactor with 0.3; no weight decay.
   - e starts from the embeddings of --init-text, else of sampled tokens (Lester: of the 5,000 most
-    common). Before an encoder it is normal, as in the authors' code; P is then no text at first.
+    common); before an encoder it is normal, as in PEFT.
   - P is 20 (Lester: 100), and the base is a decoder (Lester: T5).
   - P-Tuning's virtual tokens all stand in front, not around a cloze template.
 
 Questions people ask
-  Is step 0 the base?     No: it is the base that reads P more tokens first.
-  Why so high a rate?     AdamW moves each parameter by about the rate in a step, and P is all
-                          that can move. An encoder has more to move: --lr 1e-3.
-  What is the encoder for?  It ties the vectors together. Only its result is saved.
-  Are they words?         No: they need not lie near any row of E.
-  What does it cost?      P more positions in every pass. The base stays whole and serves many
-                          prompts in one batch. Nothing can be merged.
+  Is step 0 the base?  No: it is the base that reads P more tokens first.
+  Why so high a rate?  AdamW moves each parameter by about the rate in a step, and P is all that can
+                       move. An encoder has more to move: --lr 1e-3.
+  Why an encoder?      It ties the vectors together. Only its result is saved.
+  Are they words?      No: they need not lie near any row of E.
+  What does it cost?   P more positions in every pass. The base stays whole and serves many prompts
+                       in one batch. Nothing can be merged.
 
 Measured: MEASURED
 
-    python prompt_tuning.py                                    # the bundled model, which is too small
-    python prompt_tuning.py --model BASE --data train.jsonl    # BASE: a folder or a Hub name
+    python prompt_tuning.py                                  # too hard for the bundled model
+    python prompt_tuning.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
     python prompt_tuning.py --model BASE --data train.jsonl --encoder lstm --lr 1e-3   # P-Tuning
 """
 
@@ -115,13 +115,11 @@ def make_room(examples, P: int, placeholder: int):
 
 @torch.no_grad()
 def starting_prompt(model, tokenizer, args) -> torch.Tensor:
-    """That of --adapter, else normal before an encoder, else the embeddings of --init-text
-    (repeated or cut to P) or of sampled tokens. -> (P, d)"""
+    """Of --adapter, else normal before an encoder, else the embeddings of --init-text (repeated
+    or cut to P) or of sampled tokens. -> (P, d)"""
     embedding, P = model.get_input_embeddings(), args.virtual_tokens
     if args.adapter:
         _, tensors = common.load_adapter(args.adapter, model, "PROMPT_TUNING", "P_TUNING")
-        if tensors["prompt_embeddings"].shape[1] != embedding.weight.shape[1]:
-            raise common.UserError(f"--adapter {args.adapter} does not fit this model")
         return tensors["prompt_embeddings"]
     if args.encoder != "none":
         return torch.randn(P, embedding.weight.shape[1], device="cpu")
@@ -284,11 +282,10 @@ def main(argv=None) -> None:
     add("--encoder", choices=kinds, default="none", help=what)
     add("--hidden", type=int, default=512, help="width of the encoder")
     add("--init-text", metavar="TEXT", help="start from its embeddings; None: from sampled ones")
-    start = "start from this prompt, ours or PEFT's, with its length"
-    add("--adapter", metavar="FOLDER", help=start)
-    train(common.parse_args(parser, argv, demo={"lr": 3e-2}))
+    add("--adapter", metavar="FOLDER", help="start from this prompt, ours or PEFT's")
+    train(common.parse_args(parser, argv, demo={"lr": 3e-2, "epochs": 6}))
 
 
 if __name__ == "__main__":
-    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --micro-batch-tokens; "
-                  "a shorter --max-length")  # fmt: skip
+    tries = "--gradient-checkpointing; a smaller --micro-batch-tokens; a shorter --max-length"
+    common.launch(main, out_of_memory=tries)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, read_metrics, run_script, write_rows
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_model import (
     CPU,
     OnCuda,
@@ -136,7 +136,7 @@ def test_the_mlp_is_the_equation():
     torch.nn.init.normal_(prefix.mlp[2].weight)
     torch.nn.init.normal_(prefix.mlp[2].bias)
     prefix().square().sum().backward()
-    ours = list(prefix.parameters())
+    ours = [p for p in prefix.parameters() if p.requires_grad]
     E, W1, b1, W2, b2 = theirs = [p.detach().double().requires_grad_() for p in ours]
     expected = start.double().flatten(1) + torch.tanh(E @ W1.T + b1) @ W2.T + b2
     expected.square().sum().backward()
@@ -241,7 +241,7 @@ def test_gradient_checkpointing_changes_no_gradient(hidden, count):
         for layer in model.model.layers:
             layer.self_attn.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         model.target_logps(**common.collate(documents([17, 9, 5]), False, CPU)).sum().backward()
-        results.append([p.grad for p in model.prefix.parameters()])
+        results.append([p.grad for p in model.prefix.parameters() if p.requires_grad])
         assert len(runs) == (2 + (int(count[0]) if count else 2) if flags else 2)
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
 
@@ -400,7 +400,7 @@ def test_parameter_counts_of_llama_7b(hidden, trained):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=11008))
         prefix = prefix_tuning.Prefix(torch.zeros(20, 64, 32, 128), 4096, hidden)
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
-    assert sum(p.numel() for p in prefix.parameters()) == trained
+    assert sum(p.numel() for p in prefix.parameters() if p.requires_grad) == trained
     assert prefix.start.numel() == 5_242_880
 
 
@@ -418,9 +418,6 @@ def test_what_does_not_fit_is_refused(train, tmp_path, random_model):
     folder = train("a", "--max-steps", 0)
     with pytest.raises(common.UserError, match="another base"):
         train("no", "--adapter", folder, model=TINY)
-    save_file({"prompt_embeddings": torch.zeros(20, 96)}, folder / "adapter_model.safetensors")
-    with pytest.raises(common.UserError, match="does not fit"):
-        train("no", "--adapter", folder)
     path = folder / "adapter_config.json"
     path.write_text(path.read_text().replace("PREFIX_TUNING", "LORA"))
     with pytest.raises(common.UserError, match="is LORA, not PREFIX_TUNING"):
@@ -431,7 +428,12 @@ def test_what_does_not_fit_is_refused(train, tmp_path, random_model):
 def test_as_a_newcomer_runs_it(tmp_path):
     run = run_script("prefix_tuning.py", "--max-steps", 12, "--samples", 3, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    for text in ("10,240 are kept", "step 12: held-out loss", "--- after ---", "the adapter is in"):
+    for text in (
+        "the prefix has 10,240",
+        "step 12: held-out loss",
+        "--- after ---",
+        "the adapter is in",
+    ):
         assert text in run.stdout, text
     folder = tmp_path / "runs" / "demo" / "prefix_tuning"
     losses = [x["eval_loss"] for x in read_metrics(folder) if "eval_loss" in x]
