@@ -1,7 +1,6 @@
 """Prefix tuning: train keys and values that every text reads, in every layer of a frozen model.
 
-Li & Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (arXiv 2101.00190),
-equation 3 and the MLP of its section 4.3:
+Li & Liang 2021, "Prefix-Tuning" (arXiv 2101.00190), equation 3 and the MLP of section 4.3:
 
     layer i:  softmax(Q [K_i; K]^T / sqrt(head_dim)) [V_i; V]     only K_i and V_i are trained
     [K_0 V_0 K_1 V_1 ...] = start + MLP(E)                        MLP(e) = W2 tanh(W1 e + b1) + b2
@@ -15,8 +14,8 @@ equation 3 and the MLP of its section 4.3:
 P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602) is this without the MLP: --hidden 0 trains start
 itself. P-Tuning, the first, is prompt_tuning.py --encoder.
 
-In the attention, the prefix is a stretch of P keys without queries that every document of a packed
-pass reads (`behind_prefix`): training needs no cache, and blocks can be computed again.
+The prefix is a stretch of P keys without queries, which every document of a packed pass reads
+(`behind_prefix`): training needs no cache, and --gradient-checkpointing works.
 
 Choices and departures from the paper
   - start has the base's own keys and values of --init-text, else of sampled tokens, and W2 = b2 =
@@ -104,9 +103,8 @@ def generate(model, input_ids, attention_mask, **options) -> torch.Tensor:
     P, cache = model.prefix.shape[0], DynamicCache()
     for layer, states in enumerate(model.prefix.keys_and_values(model.dtype)):
         cache.update(*(x.expand(len(input_ids), -1, -1, -1) for x in states), layer)
-    ids, mask = F.pad(input_ids, (P, 0), value=0), F.pad(attention_mask, (P, 0), value=1)
-    options |= {"attention_mask": mask, "past_key_values": cache}
-    return type(model).generate(model, input_ids=ids, **options)[:, P:]
+    options |= {"attention_mask": F.pad(attention_mask, (P, 0), value=1), "past_key_values": cache}
+    return type(model).generate(model, input_ids=F.pad(input_ids, (P, 0)), **options)[:, P:]
 
 
 @torch.no_grad()
@@ -127,8 +125,8 @@ def keys_and_values_of(model, ids: list[int]) -> torch.Tensor:
 def add_prefix(model, start: torch.Tensor, hidden: int) -> None:
     """Freeze the model; its texts are read behind the prefix, in training and in generation."""
     model.requires_grad_(False)
-    prefix = Prefix(start.cpu(), model.get_input_embeddings().weight.shape[1], hidden)
-    model.prefix = prefix.to(start.device)
+    size = model.config.get_text_config().hidden_size
+    model.prefix = Prefix(start.cpu(), size, hidden).to(start.device)
     model.target_logps = types.MethodType(target_logps, model)
     model.generate = types.MethodType(generate, model)
 

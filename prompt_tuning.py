@@ -2,7 +2,7 @@
 would be. With --encoder lstm or mlp, P-Tuning: the vectors are what a small network computes.
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning" (arXiv 2104.08691);
-Liu et al. 2021, "GPT Understands, Too" (arXiv 2103.10385), equation 4:
+Liu et al. 2021, "GPT Understands, Too" (arXiv 2103.10385), section 3.2:
 
     log p(x_t | P, x_<t)    of model([P; E(x)])                   only P is trained
     P = e                                                         prompt tuning
@@ -12,8 +12,7 @@ Liu et al. 2021, "GPT Understands, Too" (arXiv 2103.10385), equation 4:
     x     input_ids                (T,)            a document, without its virtual tokens
     E     the model's embedding    (V, d)          frozen, as all of the model is
     e     prompt.embedding         (P, d)          float32, P = --virtual-tokens
-    LSTM  prompt.lstm_head         two layers, --hidden wide in each direction
-    MLP   prompt.mlp_head          to width d
+    LSTM  prompt.lstm_head         two layers, --hidden wide in each direction; MLP prompt.mlp_head
 
 Every document begins with P placeholders (`make_room`), and `embed` puts P in their places: so
 virtual tokens have positions, are packed, and count in --micro-batch-tokens, as others do.
@@ -31,7 +30,6 @@ Questions people ask
   Why so high a rate?  AdamW moves each parameter by about the rate in a step, and P is all that can
                        move. An encoder has more to move: --lr 1e-3.
   Why an encoder?      It ties the vectors together. Only its result is saved.
-  Are they words?      No: they need not lie near any row of E.
   What does it cost?   P more positions in every pass. The base stays whole and serves many prompts
                        in one batch. Nothing can be merged.
 
@@ -277,9 +275,8 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/prompt_tuning", lr=1e-2)
     add = parser.add_argument_group("prompt tuning").add_argument
     add("--virtual-tokens", type=int, default=20, help="P: trained vectors before every text")
-    kinds = {"none": "prompt tuning", "mlp": "PEFT's P-Tuning", "lstm": "P-Tuning"}
-    what = ", ".join(f"{kind}: {name}" for kind, name in kinds.items())
-    add("--encoder", choices=kinds, default="none", help=what)
+    kinds = ["none", "mlp", "lstm"]
+    add("--encoder", choices=kinds, default="none", help="lstm or mlp (PEFT's default): P-Tuning")
     add("--hidden", type=int, default=512, help="width of the encoder")
     add("--init-text", metavar="TEXT", help="start from its embeddings; None: from sampled ones")
     add("--adapter", metavar="FOLDER", help="start from this prompt, ours or PEFT's")
