@@ -28,6 +28,7 @@ RUNS = {
     "full_ft, a rank without an example": ("full_ft", [*FULL, *ONE]),
     "full_ft, padded": ("full_ft", [*FULL, "--no-packing", "--gradient-checkpointing"]),
     "sft": ("sft", [*FULL, "--loss-on", "all", "--samples", "2"]),
+    "qlora": ("qlora", LORA),
     "sft --lora-rank --shard": ("sft", [*LORA, "--lora-rank", "4", "--shard"]),
 }
 RESUMED = {"lora": LORA, "full_ft": FULL}
