@@ -1328,7 +1328,7 @@ def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, to
         raise UserError(f"--adapter {folder} cannot be read: {error}") from error
     if config.get("peft_type") != peft_type:
         raise UserError(f"--adapter {folder} is {config.get('peft_type')}, not {peft_type}")
-    beyond = """use_dora fan_in_fan_out rank_pattern alpha_pattern modules_to_save target_parameters
+    beyond = """fan_in_fan_out rank_pattern alpha_pattern modules_to_save target_parameters
     trainable_token_indices layer_replication alora_invocation_tokens lora_bias""".split()
     unknown = [key for key in beyond if config.get(key)]
     unknown += ["bias"] if config.get("bias", "none") != "none" else []
