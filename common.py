@@ -1282,6 +1282,15 @@ def add_adapter(model, args, layer, device) -> dict:
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
+    fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
+    short = {name.rpartition(".")[2] for name in adapted}
+    unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
+            "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
+
+
+def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
+    """Give what trains the values of --adapter's tensors, and all ranks the same ones."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in trained.values():
         p.data = p.data.to(device)
@@ -1294,11 +1303,7 @@ def add_adapter(model, args, layer, device) -> dict:
         dist.broadcast(p.data, 0)
     sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters()]
     total, count = sum(sizes), sum(p.numel() for p in trained.values())  # 4 bits: two in a byte
-    say(f"{count:,} of {total:,} parameters train ({count / total:.2%}), in {len(adapted)} layers")
-    short = {name.rpartition(".")[2] for name in adapted}
-    unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
+    say(f"{count:,} of {total:,} parameters train ({count / total:.2%}), {where}")
 
 
 def whole(tensor):
@@ -1648,7 +1653,7 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
 # Flags that may not differ after --resume: they change the examples of a step or its update.
 FIXED = """batch_size epochs max_steps max_length lr warmup_ratio weight_decay max_grad_norm seed
 dtype system template rank alpha dropout targets optimizer step_in_backward pure_bfloat16 l2_sp
-loss_on neftune""".split()
+loss_on neftune bottleneck activation pfeiffer train_norms""".split()
 
 
 def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
