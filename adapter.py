@@ -45,8 +45,7 @@ MEASURED
 
     python adapter.py                                  # the bundled model learns a task
     python adapter.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
-    python adapter.py --model BASE --data test.jsonl --adapter runs/adapter --max-steps 0 \\
-        --output runs/again                            # evaluate and answer, train nothing
+    python adapter.py --model BASE --data F --adapter runs/adapter --max-steps 0 --output runs/x
 """
 
 import argparse
@@ -260,7 +259,7 @@ def main(argv=None) -> None:
     add("--train-norms", **yes_or_no, help="also train the weights of the norms")
     start = "start from an adapter of this script, with its settings of these four flags"
     add("--adapter", metavar="FOLDER", help=start)
-    train(common.parse_args(parser, argv, demo={"lr": 5e-3}))
+    train(common.parse_args(parser, argv, demo={"lr": 8e-3, "epochs": 6}))
 
 
 if __name__ == "__main__":

@@ -7,33 +7,27 @@ and 11:
     W' = m * V / ||V||,    V = W0 + s B A,    ||V|| the norm of each output row
     y  = (m / ||V||) * (W0 x + s B A dropout(x)) + bias        computed without W' and V
 
-    x   (..., in), y  (..., out)               s = alpha / r
     W0  base.weight            (out, in)       frozen, in bfloat16 on a GPU
-    A   lora_A.weight          (r, in)         float32, as in lora.py
+    A   lora_A.weight          (r, in)         float32, as in lora.py;  s = alpha / r
     B   lora_B.weight          (out, r)        float32, zero
     m   lora_magnitude_vector  (out,)          float32, starts at ||W0||
 
-The norm without V, by (a + b)^2 = a^2 + 2 a b + b^2 on every row i:
+    ||V_i||^2 = ||W0_i||^2 + (2 s W0 A^T + s^2 B A A^T)_i . B_i       of every row i, without V
 
-    ||V_i||^2 = ||W0_i||^2 + 2 s (W0 A^T)_i . B_i + s^2 (B A A^T)_i . B_i
-
-||W0||^2 is computed once. W0 A^T is (out, r), as much work as r more tokens, and A A^T (r, r).
+||W0|| is computed once; W0 A^T is as much work as r more tokens.
 
 Choices and departures from the paper
   - ||V|| is a constant for the gradient (section 4.3): less memory, and another gradient.
   - The paper writes a norm of each column; its code, PEFT and this script take one of each
-    output row: m is (out,).
-  - The bias is not scaled: it is no part of W.
-  - Dropout acts on A's input alone. PEFT's also acts on the x of (m / ||V|| - 1) W0 x: with
-    --dropout the two differ.
-  - Every linear layer but the output head is adapted, with LoRA's learning rate.
+    output row: m is (out,). The bias is not scaled: it is no part of W.
+  - Dropout acts on A's input alone; PEFT's also on the x of (m / ||V|| - 1) W0 x.
+  - Every linear layer but the output head is adapted.
 
 Questions people ask
-  What does it buy?     In the paper, LoRA's changes of magnitude and of direction grow together;
-                        those of full fine-tuning do not, and DoRA's are like them. It trains one
-                        more number for each output row, and is slower than LoRA.
-  Is it free after merging?   Yes: --merge-only writes W', and the model is an ordinary one.
-  Why is m not 1?       Then W' would start at V / ||V||, not at W0.
+  What does it buy?   In the paper, LoRA's changes of magnitude and of direction grow together;
+                      those of full fine-tuning do not, and DoRA's are like them. It trains one
+                      more number for each output row, and is slower than LoRA.
+  Why is m not 1?     Then W' would start at V / ||V||, not at W0.
 
 MEASURED
 
@@ -53,8 +47,8 @@ import common
 
 
 class DoRALinear(nn.Module):
-    """A frozen nn.Linear whose output rows train in magnitude, and in direction by a low-rank
-    update. x (..., in) -> (..., out)"""
+    """A frozen nn.Linear whose rows train in magnitude, and in direction by a low-rank update.
+    x (..., in) -> (..., out)"""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
@@ -63,18 +57,17 @@ class DoRALinear(nn.Module):
         self.lora_A = nn.Linear(base.in_features, rank, **kind)  # starts as kaiming_uniform
         self.lora_B = nn.Linear(rank, base.out_features, **kind)
         nn.init.zeros_(self.lora_B.weight)
-        norm = common.whole(row_norms(base.weight.detach()))  # ||W0||
-        self.lora_magnitude_vector = nn.Parameter(norm.clone())  # m
-        self.register_buffer("base_norm", norm, persistent=False)
+        norm = torch.linalg.vector_norm(base.weight.detach(), dim=1, dtype=torch.float32)
+        self.register_buffer("base_norm", common.whole(norm), persistent=False)  # ||W0||
+        self.lora_magnitude_vector = nn.Parameter(self.base_norm.clone())  # m
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / rank
 
     @torch.no_grad()  # a constant for the gradient
     def direction_norm(self) -> torch.Tensor:
         """||V||, (out,) float32"""
-        W0, A, B = self.base.weight, self.lora_A.weight, self.lora_B.weight
+        W0, A, B, s = self.base.weight, self.lora_A.weight, self.lora_B.weight, self.scaling
         cross = F.linear(W0, A.to(W0.dtype)).float()  # W0 A^T: (out, r)
-        s = self.scaling
         both = torch.addmm(cross, B, A @ A.T, beta=2 * s, alpha=s**2)  # 2 s W0 A^T + s^2 B A A^T
         square = self.base_norm**2 + (both * B).sum(1)
         return square.clamp(min=1e-12).sqrt()  # a row of zeros must not divide by zero
@@ -92,17 +85,14 @@ class DoRALinear(nn.Module):
     def merged(self) -> nn.Linear:
         """The base layer with W' for its weight, in float32 and rounded once."""
         V = self.base.weight.float() + self.scaling * self.lora_B.weight @ self.lora_A.weight
-        scale = self.lora_magnitude_vector / row_norms(V).clamp(min=1e-6)
+        scale = self.lora_magnitude_vector / V.norm(dim=1).clamp(min=1e-6)
         self.base.weight.copy_(scale[:, None] * V)
         return self.base
 
 
 class ScaleRows(torch.autograd.Function):
-    """y (N, out) -> (m / ||V||) * y, in place. m, ||V|| (out,) float32.
-
-    The gradient of m is y / ||V|| = result / m, so the result is all that is kept, and the next
-    operation often keeps that anyway. Plain autograd would keep y besides.
-    """
+    """y (N, out) -> (m / ||V||) * y, in place. The gradient of m is y / ||V|| = result / m, so
+    only the result is kept, which the next operation often keeps anyway; autograd would keep y."""
 
     @staticmethod
     def forward(ctx, y, m, norm):
@@ -111,17 +101,11 @@ class ScaleRows(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         result, m, norm = ctx.saved_tensors
-        products = (grad * result).sum(0, dtype=torch.float32)
-        grad_m = torch.where(m == 0, 0, products / m)  # a row of zeros stays zero
+        grad_m = (grad * result).sum(0, dtype=torch.float32) / m
+        grad_m = grad_m.where(m != 0, 0)  # a row of zeros stays zero
         return (grad * (m / norm)).to(grad.dtype), grad_m, None
-
-
-def row_norms(weight) -> torch.Tensor:
-    """(out, in) -> (out,) float32"""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
 
 
 def train(args) -> None:
@@ -254,7 +238,7 @@ def merge(args) -> None:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/dora", lr=2e-4)
     common.add_adapter_flags(parser)
-    args = common.parse_args(parser, argv, demo={"lr": 5e-3})
+    args = common.parse_args(parser, argv, demo={"lr": 8e-3})
     merge(args) if args.merge_only else train(args)
 
 

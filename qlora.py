@@ -10,44 +10,41 @@ equations 5 and 6:
     absmax          (n / 64,)          the largest |w| of every 64 weights, itself in 8 bits
     A, B, s         as in lora.py      float32
 
-The paper has three ideas that save memory; the functions below are the first two:
+Three ideas save memory; the functions below are the first two:
   NF4                   Weights are nearly normal, so the codes are quantiles of the normal
-                        distribution, dense where weights are: 8 positive, 7 negative and an
-                        exact 0, divided by the largest.
+                        distribution: 8 positive, 7 negative and 0, divided by the largest.
   double quantisation   absmax costs 32 / 64 = 0.5 bits a weight. Its mean is subtracted and the
                         rest coded in 8 bits (256 values, dense near 0), with a float32 scale for
                         every 256 of them: 8 / 64 + 32 / (64 * 256) = 0.127 bits.
   paged optimizer       --optimizer paged_adamw8bit: AdamW's states may move to host memory when
-                        the GPU runs short. bitsandbytes waits for the GPU after every parameter
-                        then, and pages only states of 100,000 elements or more, so plain AdamW
-                        is the default.
+                        the GPU runs short. bitsandbytes then waits for the GPU after every
+                        parameter, and pages only states of 100,000 elements or more, so plain
+                        AdamW is the default.
 A weight takes 4.127 bits; the run prints what it really takes.
 
 Choices and departures from the paper
-  - bitsandbytes quantises and multiplies (common.py, Linear4bit). Its kernel multiplies few
-    tokens by W4 directly; for many, and in the backward pass, it dequantises a layer first.
-    `nf4_quantize` gives the same bytes to the last bit. `double_quantize` gives the nearest
-    code; bitsandbytes' CPU kernel is one code off about once in a thousand. Merging uses the
-    two `*_dequantize` functions; the `*_quantize` functions are there to be read.
+  - bitsandbytes quantises and multiplies (common.py, Linear4bit): few tokens by W4 directly; for
+    many, and in the backward pass, it dequantises a layer first. `nf4_quantize` gives its bytes
+    to the last bit. `double_quantize` gives the nearest code; bitsandbytes' CPU kernel is one
+    code off about once in a thousand. Merging uses the two `*_dequantize` functions; the
+    `*_quantize` functions are there to be read.
   - Every linear layer but the output head is quantised and adapted. Embedding, head and norms
     stay in bfloat16; norms compute in float32.
   - Rank 16 and alpha 32 as in lora.py (the paper: 64 and 16). The paged states have 8 bits (the
     authors' code: 32).
-  - Under torchrun, every GPU has a copy of the base: bitsandbytes' layers cannot be sharded.
+  - Under torchrun, every GPU has a copy of the base.
 
 Questions people ask
   Why 4 bits?     For memory: a 7B base takes 3.9 GB instead of 13.5. Not for speed: every pass
                   dequantises the weights.
   What is merged? --merge-only adds s B A to dequant(W4), beside which it was trained, and saves
-                  bfloat16. --merge-base original adds it to the weights as they were before.
-                  Either moves the logits; the command prints how far. Nothing is quantised
-                  again: that would change the model once more.
-  How does PEFT load the adapter?   On the base that it was trained beside:
-                  AutoPeftModelForCausalLM.from_pretrained("runs/qlora", quantization_config=
+                  bfloat16. --merge-base original adds it to the weights as they were. The
+                  command prints how far the logits move. Nothing is quantised again.
+  And with PEFT?  AutoPeftModelForCausalLM.from_pretrained("runs/qlora", quantization_config=
                   BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                   bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)).
-                  Without it, on the original weights, as with --merge-base original.
-  On a CPU?       It runs, in float32, for tests and study. Layer sizes must be multiples of 64.
+                  Without the config, on the original weights, as --merge-base original.
+  On a CPU?       It runs, in float32, for tests and study. Layers need a multiple of 64 inputs.
 
 MEASURED
 
@@ -100,8 +97,7 @@ def nf4_dequantize(packed, absmax, block_size: int = 64) -> torch.Tensor:
 
 def dynamic_map() -> torch.Tensor:
     """The 256 values of the 8-bit code, ascending (Dettmers 2015, arXiv 1511.04561): 0, 1, and for
-    either sign and each of the decades 1e-7 to 1e-6, ..., 0.1 to 1 the midpoints of 1, 2, 4 ... 64
-    equal steps: 2 + 2 * 127."""
+    either sign and each decade from 1e-7 to 1 the midpoints of 1, 2, 4 ... 64 equal steps."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -135,7 +131,7 @@ def dequantized(layer: common.Linear4bit) -> torch.Tensor:
 
 
 def quantized_layers(model) -> dict[str, common.Linear4bit]:
-    """The 4-bit layers under their names in the base, with an adapter around them or without."""
+    """The 4-bit layers, under their names in the base."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, common.Linear4bit)}
     return {name.removesuffix(".base"): layer for name, layer in found.items()}
 
@@ -180,15 +176,6 @@ class LoRALinear(nn.Module):
 # --- end ---
 
 
-def make_optimizer(model, args):
-    groups = common.decay_groups(model, args)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    import bitsandbytes
-
-    return bitsandbytes.optim.PagedAdamW8bit(groups, lr=args.lr)
-
-
 def train(args) -> None:
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
@@ -199,7 +186,12 @@ def train(args) -> None:
     common.say(f"the base's linear layers take {bits_per_weight(model):.3f} bits a weight")
     config = common.add_adapter(model, args, LoRALinear, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, args)
+    groups = common.decay_groups(model, args)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    if args.optimizer == "paged_adamw8bit":
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.PagedAdamW8bit(groups, lr=args.lr)
 
     # --- copied from lora.py: start of the run ---
     steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
@@ -315,18 +307,19 @@ def merge(args) -> None:
     common.add_adapter(model, args, LoRALinear, device)
     ids = torch.tensor([tokenizer(__doc__).input_ids[:128]], device=device)
     before = logits(model, ids)
-    original = None
     if args.merge_base == "original":
         original = common.load_model(args, "auto", torch.device("cpu"))
     for name, small in quantized_layers(model).items():
         weight = dequantized(small)
-        if original:
+        if args.merge_base == "original":
             weight = original.get_submodule(name).weight.to(device).float()
-        if isinstance(layer := model.get_submodule(name), LoRALinear):
-            weight = weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
+        layer = model.get_submodule(name)
         merged = nn.Linear(small.in_features, small.out_features, device="meta")
-        merged.weight, merged.bias = nn.Parameter(weight.to(torch.bfloat16)), small.bias
-        model.set_submodule(name, merged)
+        merged.weight, merged.bias = nn.Parameter(weight), small.bias
+        if isinstance(layer, LoRALinear):
+            layer.base = merged
+            merged = layer.merged()
+        model.set_submodule(name, merged.to(torch.bfloat16))
     after = logits(model.to(torch.bfloat16), ids)
     moved, same = (after - before).abs(), (after.argmax(-1) == before.argmax(-1)).float().mean()
     common.say(f"merged onto the {args.merge_base} weights: on {ids.shape[1]} tokens of this "
@@ -350,7 +343,7 @@ def main(argv=None) -> None:
     bases = ["dequantized", "original"]
     what = "the weights to which --merge-only adds the update"
     add("--merge-base", choices=bases, default="dequantized", help=what)
-    args = common.parse_args(parser, argv, demo={"lr": 5e-3})
+    args = common.parse_args(parser, argv, demo={"lr": 8e-3})
     merge(args) if args.merge_only else train(args)
 
 
