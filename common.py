@@ -874,7 +874,9 @@ def load_model(
         if RANK > 0:
             model.to_empty(device=device)
             model.tie_weights()  # .to_empty() unties
-        for tensor in [*model.parameters(), *model.buffers()]:
+        states = [layer.state for layer in model.modules() if isinstance(layer, Linear4bit)]
+        scales = [x for state in states for x in (state.absmax, state.state2.absmax, state.offset)]
+        for tensor in [*model.parameters(), *model.buffers(), *scales]:
             dist.broadcast(tensor.data, 0)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
@@ -923,38 +925,26 @@ def shard_model(model, dtype, device, offload: bool) -> None:
 
 
 class Linear4bit(nn.Linear):
-    """A linear layer frozen in 4 bits a weight, as qlora.py explains them, by bitsandbytes. All
-    that it holds is in a parameter and buffers, which are sent to other ranks like the rest of a
-    model, and are not in checkpoints."""
+    """A linear layer frozen in 4 bits a weight, as qlora.py explains them, by bitsandbytes."""
 
     def __init__(self, layer: nn.Linear, device):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a package is missing on CPUs
         from bitsandbytes.functional import quantize_4bit  # loads CUDA libraries: only if needed
 
-        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         if device.type == "cpu" and layer.in_features % 64:  # bitsandbytes 0.50 gets it wrong
             size = layer.in_features
             raise UserError(f"4 bits on a CPU: a layer's {size} inputs are no multiple of 64")
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         w = layer.weight.data
         w = torch.zeros_like(w, device=device) if w.is_meta else w.to(device).contiguous()
         kind = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
-        packed, state = quantize_4bit(w, **kind)
+        packed, self.state = quantize_4bit(w, **kind)
         self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
-        held = {"absmax": state.absmax, "absmax_mean": state.offset}
-        held |= {"absmax_scale": state.state2.absmax, "absmax_code": state.state2.code}
-        for name, tensor in held.items():
-            self.register_buffer(name, tensor, persistent=False)
-        self.dtype = w.dtype
 
     def forward(self, x):
-        from bitsandbytes import functional, matmul_4bit
+        from bitsandbytes import matmul_4bit
 
-        code, fp32 = self.absmax_code, torch.float32
-        scales = functional.QuantState(self.absmax_scale, code=code, blocksize=256, dtype=fp32)
-        shape = {"shape": (self.out_features, self.in_features), "dtype": self.dtype}
-        kind = {"blocksize": 64, "quant_type": "nf4", "offset": self.absmax_mean, "state2": scales}
-        state = functional.QuantState(self.absmax, **shape, **kind)
-        return matmul_4bit(x, self.weight, state, bias=self.bias)
+        return matmul_4bit(x, self.weight, self.state, bias=self.bias)
 
 
 # Checkpoints have whole tensors of what trains, on rank 0's CPU.

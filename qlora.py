@@ -5,7 +5,7 @@ equations 5 and 6:
 
     y = dequant(W4) x + s B A dropout(x)        dequant(W4) = code[index] * absmax
 
-    W4      weight  (n / 2,) uint8     two 4-bit indices a byte, frozen
+    W4      weight  (n / 2, 1) uint8   two 4-bit indices a byte, frozen
     code    NF4     (16,)              the values of the indices
     absmax          (n / 64,)          the largest |w| of every 64 weights, itself in 8 bits
     A, B, s         as in lora.py      float32
@@ -30,9 +30,7 @@ Choices and departures from the paper
     `*_quantize` functions are there to be read.
   - Every linear layer but the output head is quantised and adapted. Embedding, head and norms
     stay in bfloat16; norms compute in float32.
-  - Rank 16 and alpha 32 as in lora.py (the paper: 64 and 16). The paged states have 8 bits (the
-    authors' code: 32).
-  - Under torchrun, every GPU has a copy of the base.
+  - Rank 16 and alpha 32 (the paper: 64 and 16); paged states of 8 bits (the authors' code: 32).
 
 Questions people ask
   Why 4 bits?     For memory: a 7B base takes 3.9 GB instead of 13.5. Not for speed: every pass
@@ -125,7 +123,8 @@ def double_dequantize(codes, scale, mean, block_size: int = 256) -> torch.Tensor
 
 def dequantized(layer: common.Linear4bit) -> torch.Tensor:
     """dequant(W4), (out, in) float32."""
-    absmax = double_dequantize(layer.absmax, layer.absmax_scale, layer.absmax_mean)
+    state = layer.state  # bitsandbytes'
+    absmax = double_dequantize(state.absmax, state.state2.absmax, state.offset)
     weight = nf4_dequantize(layer.weight.flatten(), absmax)
     return weight.view(layer.out_features, layer.in_features)
 
@@ -137,10 +136,13 @@ def quantized_layers(model) -> dict[str, common.Linear4bit]:
 
 
 def bits_per_weight(model) -> float:
-    """What the 4-bit layers take: packed bytes, 8-bit absmax, its float32 scales and mean."""
-    layers = quantized_layers(model).values()
-    size = sum(x.weight.numel() + x.absmax.numel() + 4 * len(x.absmax_scale) + 4 for x in layers)
-    return 8 * size / sum(layer.in_features * layer.out_features for layer in layers)
+    """What the 4-bit layers hold: packed bytes, absmax, its scales and mean."""
+    held = weights = 0
+    for layer in quantized_layers(model).values():
+        scales = layer.state.absmax, layer.state.state2.absmax, layer.state.offset
+        held += sum(x.nbytes for x in (layer.weight, *scales))
+        weights += layer.in_features * layer.out_features
+    return 8 * held / weights
 
 
 # --- copied from lora.py: LoRALinear ---

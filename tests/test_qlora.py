@@ -94,13 +94,7 @@ def test_a_weight_costs_4_127_bits():
     theory = 4 + 8 / 64 + 32 / (64 * 256)
     assert theory == pytest.approx(4.127, abs=1e-3)
     model = quantized(hidden_size=512, intermediate_size=1024)
-    assert qlora.bits_per_weight(model) == pytest.approx(theory, rel=1e-3)
-    held = sizes = 0
-    for layer in qlora.quantized_layers(model).values():
-        buffers = [x for name, x in layer.named_buffers() if name != "absmax_code"]
-        held += sum(x.nbytes for x in [layer.weight, *buffers])
-        sizes += layer.in_features * layer.out_features
-    assert 8 * held / sizes == qlora.bits_per_weight(model)
+    assert qlora.bits_per_weight(model) == pytest.approx(theory, rel=2e-4)
 
 
 # --------------------------------------------------------------------------------- the model
