@@ -56,7 +56,8 @@ COLORS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcb
 #17becf""".split()
 # rows are not packed, since prefix and prompt tuning cannot be; every step has three documents
 BUDGET = "--max-length 384 --no-packing --batch-size 3 --eval-every 1000 --samples 0"
-NEW = ("lora.py", "full_ft.py", "sft.py")  # scripts that use common.py, with flags of their own
+# scripts that use common.py, with flags of their own
+NEW = ("lora.py", "dora.py", "qlora.py", "adapter.py", "full_ft.py", "sft.py")
 BUDGETS = {
     "$N": f"--eval-data 0.002 {BUDGET} --micro-batch-tokens 1152",
     "$G": f"--eval-fraction 0.002 {BUDGET} --log-every 2",
