@@ -1,294 +1,267 @@
-"""Houlsby adapters: put a small trained network after every attention and every MLP of a frozen model.
+"""Houlsby adapters: put a small trained network after every attention and every MLP of a frozen
+model.
 
-Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751), section 2.1:
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751),
+section 2.1:
 
-    f(h) = h + U act(D h + b1) + b2        x = x + f(attention(norm(x)));  x = x + f(mlp(norm(x)))
+    f(h) = h + U act(D h + b1) + b2
+    x = x + f(attention(norm(x)));  x = x + f(mlp(norm(x)))
 
-    h   (..., d)   what attention or the MLP gives, before it is added to the residual stream x
-    D   down       (r, d)   float32, truncated normal            b1  down_bias  (r,)  float32, zero
-    U   up         (d, r)   float32, truncated normal            b2  up_bias    (d,)  float32, zero
-    r   --bottleneck        act  --activation                    d   the model's hidden size, L its number of blocks
+    h   (..., d)             what attention or the MLP gives, before it is added to the stream x
+    D   down.weight  (r, d)  truncated normal      b1  down.bias  (r,)  zero
+    U   up.weight    (d, r)  truncated normal      b2  up.bias    (d,)  zero
+    r   --bottleneck, act  --activation, d  the model's hidden size, L its number of blocks
 
-Trained: 2 L (2 d r + r + d) parameters, and the weights and biases of the norms. With --pfeiffer only the MLPs have an adapter:
-L (2 d r + r + d), and the norms. (That place is all that is taken from Pfeiffer et al. 2020, arXiv 2005.00247: theirs reads the
-normalised sum.)
+Trained, in float32: 2 L (2 d r + r + d) parameters, and those of the norms. With --pfeiffer only
+the MLPs have an adapter: L (2 d r + r + d), and the norms. (The place is all that is taken from
+Pfeiffer et al. 2020, arXiv 2005.00247: their adapter reads the normalised sum.)
 
-At step 0 the model is nearly the base, not exactly. D and U are drawn with a standard deviation of 1e-3 and cut off at
-twice that, which leaves 0.88e-3; with relu, and 0.7 of it with gelu,
+At step 0 the model is nearly the base, not exactly. D and U have a standard deviation of 1e-3,
+cut off at twice that, which leaves 0.88e-3. With relu, and 0.7 of it with gelu,
 
-    ||f(h) - h|| / ||h||  is about  (0.88e-3)^2 sqrt(d r / 2)  =  1.1e-4 for d = 576, 2.8e-4 for d = 4096 (r = 64)
+    ||f(h) - h|| / ||h||  is about  (0.88e-3)^2 sqrt(d r / 2)     2.8e-4 for d = 4096, r = 64
 
 Choices and departures from the paper
-  - D, b1, U, b2 and the norms are float32: AdamW's small updates would vanish in bfloat16. The adapters are cast to the
-    dtype of the residual stream in the forward pass; a trained norm computes in float32 and gives its result in that dtype.
-  - Every norm trains: those of the blocks (Qwen3's of queries and keys too), and the last one. --no-train-norms: none.
-  - The paper's BERT adds and then normalises, today's decoders normalise first. Where a norm follows before the sum
-    (Gemma 2's post norms), the adapter stands before it: right after the output projection.
-  - A further branch beside attention and MLP (Falcon-H1's Mamba, Granite's shared experts) has no adapter.
-  - relu is the default; the authors' code has gelu (its tanh approximation). The 1e-3 is that code's too.
+  - D, U, their biases and the norms are float32: AdamW's small updates would vanish in bfloat16.
+    D and U are cast in the forward pass; norms compute in float32.
+  - Every norm trains: of the blocks (Qwen3's of queries and keys too), and the last one.
+    --no-train-norms: none.
+  - The paper's BERT adds and then normalises; today's decoders normalise first. Where a norm
+    follows before the sum (Gemma 2), the adapter comes before that norm.
+  - A third branch beside attention and MLP (Falcon-H1's Mamba, Granite's shared experts) has no
+    adapter.
+  - relu is the default; the authors' code has gelu (its tanh approximation).
 
 Questions people ask
-  Can it be merged?      No. act stands between D and U, so no one matrix can be added to a weight, as LoRA's s B A is.
-                         The adapters stay in the model, and cost some time in generation.
-  Why not U = 0?         It would work, as LoRA's B = 0 does, and be exact; near-identity is the paper's. What must not be
-                         zero is both: then neither D nor U would ever get a gradient.
-  Does PEFT load it?     No, it has no such method. The folder has PEFT's two files with keys of our own, and --adapter
-                         FOLDER loads it here: to train further, or with --max-steps 0 to evaluate and answer.
+  Can it be merged?   No. act stands between D and U, so no matrix can be added to a weight, as
+                      LoRA's s B A can. The adapters stay, and cost some time in generation.
+  Why not U = 0?      It would work, as LoRA's B = 0 does; near-identity is the paper's choice.
+                      Both zero would not: neither D nor U would ever get a gradient.
+  Does PEFT load it?  No, it has no such method. The folder has PEFT's two files with a peft_type
+                      (HOULSBY) and names of its own, and --adapter FOLDER loads it here: to train
+                      further, or with --max-steps 0 to evaluate and answer.
 
-    adapter_config.json         peft_type "HOULSBY", bottleneck, activation, pfeiffer, train_norms, base_fingerprint
-    adapter_model.safetensors   base_model.model.SUBMODULE.adapter.down, .down_bias, .up, .up_bias with shapes as above
-                                (SUBMODULE: model.layers.0.self_attn ...), and base_model.model.NORM.weight (and .bias)
+MEASURED
 
-Measured: 16 steps of some 580 tokens of GSM8K take SmolLM2-135M's held-out loss from 1.316 to 0.851 (with --lr 3e-4 to
-0.989, with 3e-3 to 0.828). (python adapter.py --model smollm2-135m --data gsm8k_train.jsonl --eval-fraction 0.004 --max-length 384
---batch-size 2 --max-steps 16 --eval-every 16, 2026-11-22.) The default of 1e-3 is the middle one, since runs this short favour high rates.
-
-    python adapter.py                                                  # the bundled model learns a task, in a minute
-    python adapter.py --model BASE --data train.jsonl                  # BASE: a folder or a Hugging Face Hub name
-    python adapter.py --model BASE --adapter runs/adapter --max-steps 0 --output runs/again   # evaluate and answer, train nothing
+    python adapter.py                                  # the bundled model learns a task
+    python adapter.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
+    python adapter.py --model BASE --data F --adapter runs/adapter --max-steps 0 --output runs/x
 """
 
 import argparse
+import inspect
 import math
-import shlex
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common_before as common
+import common
 
-# What decoders call the two parts of a block. fc2 is the output projection of an MLP that is no module (OPT).
+# What models call the two parts of a block. fc2 is the last layer of OPT's MLP, which is no module.
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 ACTIVATIONS = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh")}
-INITIAL_STD = 1e-3
 
 
 class Adapter(nn.Module):
-    """f(h) = h + U act(D h + b1) + b2. h (..., d) -> (..., d) in h's dtype."""
+    """f(h). h (..., d) -> (..., d) in h's dtype"""
 
     def __init__(self, width: int, bottleneck: int, activation: str, device=None):
         super().__init__()
+        self.down = nn.Linear(width, bottleneck, dtype=torch.float32, device=device)
+        self.up = nn.Linear(bottleneck, width, dtype=torch.float32, device=device)
         self.activation = ACTIVATIONS[activation]
-        self.down = nn.Parameter(torch.empty(bottleneck, width, dtype=torch.float32, device=device))
-        self.down_bias = nn.Parameter(torch.zeros(bottleneck, dtype=torch.float32, device=device))
-        self.up = nn.Parameter(torch.empty(width, bottleneck, dtype=torch.float32, device=device))
-        self.up_bias = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device))
-        for weight in (self.down, self.up):
-            nn.init.trunc_normal_(weight, std=INITIAL_STD, a=-2 * INITIAL_STD, b=2 * INITIAL_STD)
+        for layer in (self.down, self.up):
+            nn.init.trunc_normal_(layer.weight, std=1e-3, a=-2e-3, b=2e-3)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, h):
-        z = self.activation(F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype)))  # (..., d) -> (..., r)
-        return h + F.linear(z, self.up.to(h.dtype), self.up_bias.to(h.dtype))  # (..., r) -> (..., d)
+        D, U, b1, b2 = (
+            p.to(h.dtype) for p in (self.down.weight, self.up.weight, self.down.bias, self.up.bias)
+        )
+        z = self.activation(F.linear(h, D, b1))  # (..., d) -> (..., r)
+        return h + F.linear(z, U, b2)  # (..., r) -> (..., d)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        return dict(self.named_parameters())
 
-
-def apply_adapter(module, args, output):
-    """A forward hook. Attention modules, and some MLPs with experts, return a tuple that begins with their output."""
+def apply_adapter(module, inputs, output):
+    """A forward hook. Attention returns a tuple that begins with its output."""
     if isinstance(output, tuple):
         return (module.adapter(output[0]), *output[1:])
     return module.adapter(output)
 
 
-class TrainedNorm(nn.Module):
-    """A norm with float32 weights and arithmetic in a stream of any dtype. x (..., n) -> (..., n) in x's dtype.
-
-    Without the cast a float32 weight would make its output float32, which the frozen layers after it cannot take.
-    """
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base.float()
-
-    def forward(self, x, *args, **kwargs):
-        return self.base(x.float(), *args, **kwargs).to(x.dtype)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.base.named_parameters(recurse=False) if p.dim() == 1}
+def train_norm(norm, dtype) -> None:
+    """Float32 weights and arithmetic, in a residual stream that stays in its dtype."""
+    norm.float().requires_grad_(True)
+    norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+    norm.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
 def sublayers(model, pfeiffer: bool) -> list[nn.Module]:
-    """The submodules that get an adapter: attention and MLP of every block, or the MLPs alone."""
+    """The modules that get an adapter: attention and MLP of every block, or the MLPs alone."""
     found = []
     for block in common.blocks(model):
-        parts = dict(block.named_children())
-        for kind, names in [("MLP", MLP)] if pfeiffer else [("attention", ATTENTION), ("MLP", MLP)]:
-            name = next((name for name in names if name in parts), None)
-            if name is None:
-                raise common.UserError(
-                    f"{type(model).__name__} has a block without {kind} ({type(block).__name__}: {', '.join(parts)}; known "
-                    f"names: {', '.join(names)}): no place for an adapter; lora.py needs no more than linear layers"
-                )
-            found.append(parts[name])
+        for names in [MLP] if pfeiffer else [ATTENTION, MLP]:
+            module = next((m for name, m in block.named_children() if name in names), None)
+            if module is None:
+                problem = f"a {type(block).__name__} has none of {', '.join(names)}"
+                raise common.UserError(f"no place for an adapter: {problem}. Try lora.py")
+            if "residual" in inspect.signature(module.forward).parameters:  # BLOOM
+                problem = f"{type(module).__name__} adds the residual stream itself"
+                raise common.UserError(f"no place for an adapter: {problem}. Try lora.py")
+            found.append(module)
     return found
 
 
-def is_norm(module) -> bool:
-    named_so = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
-    return named_so and any(p.dim() == 1 for p in module.parameters(recurse=False))
-
-
-def add_adapters(model, bottleneck: int, activation="relu", pfeiffer: bool = False, train_norms: bool = True) -> None:
-    """Freeze the model, put an Adapter after every attention and MLP, and train the norms."""
+def add_adapters(model, args, device) -> dict:
+    """Freeze the model, put an Adapter after every attention and MLP, and let the norms train; or
+    as --adapter has it, with its tensors. -> the fields of the adapter's config"""
+    fields = ("bottleneck", "activation", "pfeiffer", "train_norms")
+    config, tensors = {"peft_type": "HOULSBY"} | {key: getattr(args, key) for key in fields}, {}
+    if args.adapter:
+        config, tensors = common.load_adapter(args.adapter, model, "HOULSBY")
     model.requires_grad_(False)
-    width = model.config.get_text_config().hidden_size
-    for module in sublayers(model, pfeiffer):
-        module.adapter = Adapter(width, bottleneck, activation, next(module.parameters()).device)
+    width, places = model.config.get_text_config().hidden_size, sublayers(model, config["pfeiffer"])
+    for module in places:
+        module.adapter = Adapter(width, config["bottleneck"], config["activation"])
         module.register_forward_hook(apply_adapter)
-    for name, module in list(model.named_modules()):
-        if train_norms and is_norm(module):
-            norm = TrainedNorm(module)
-            model.set_submodule(name, norm)
-            for p in norm.trained().values():
-                p.requires_grad_(True)
-
-
-@torch.no_grad()
-def check_placement(model) -> None:
-    """Refuse a model whose attention or MLP adds the residual stream itself (BLOOM): the adapter would see x + h.
-
-    Found by trying: with zeros in place of f(h) a block must still give x, which differs from token to token. Where all tokens come
-    out alike, x was in the sum that was zeroed.
-    """
-    ids = torch.arange(5, 17, device=model.get_input_embeddings().weight.device)[None]
-    silenced, outputs = set(), []
-
-    def silence(module, args, output):
-        silenced.add(module)
-        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
-
-    def note(module, args, output):
-        outputs.append((output[0] if isinstance(output, tuple) else output).float())  # (1, T, d)
-
-    adapted = [module for module in model.modules() if isinstance(getattr(module, "adapter", None), Adapter)]
-    hooks = [module.register_forward_hook(silence) for module in adapted]
-    hooks += [block.register_forward_hook(note) for block in common.blocks(model)]
-    try:
-        with common.evaluating(model), common.attention(model, model.padded_attention):
-            model.base_model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if len(silenced) < len(adapted) or any((x - x[:, :1]).abs().max() <= 1e-6 * x.abs().max() for x in outputs):
-        raise common.UserError(
-            f"{type(model).__name__} adds the residual stream inside its attention or MLP, or does not run them as "
-            "modules: an adapter cannot come before that sum; lora.py needs no more than linear layers"
-        )
-
-
-def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """What is trained, under its name in the folder: see the top of this file."""
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (Adapter, TrainedNorm)):
-            tensors |= {f"base_model.model.{name}.{key}": p for key, p in module.trained().items()}
-    return tensors
+    norms = [m for m in model.modules() if type(m).__name__.endswith("Norm")]
+    for norm in norms if config["train_norms"] else []:
+        train_norm(norm, model.dtype)
+    common.fill_adapter(model, args, tensors, device, f"in {len(places)} adapters")
+    return config
 
 
 def train(args) -> None:
     device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
+    tokenizer = common.load_tokenizer(args)
+    train_set, eval_set = common.load_data(args, tokenizer)
     if args.inspect:
-        return corpus.show(tokenizer)
+        return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device)
-    if args.adapter:
-        load_adapters(model, args)
-    else:
-        add_adapters(model, args.bottleneck, args.activation, args.pfeiffer, args.train_norms)
-    check_placement(model)
-    common.checkpoint_blocks(model, args)
-    common.compile_blocks(model, args)
-    trainable, total = common.count_parameters(model)
-    adapters, norms = (sum(isinstance(module, kind) for module in model.modules()) for kind in (Adapter, TrainedNorm))
-    share = f"{trainable / total:.2%}"
-    common.say(f"{trainable:,} of {total:,} parameters train ({share}), in {adapters} adapters and {norms} norms")
-
+    config = add_adapters(model, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    # --- copied from lora.py: training loop ---
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
-    run.begin()
-    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
-        lr = common.learning_rate(run.step, run.total_steps, args)
+    optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
+
+    # --- copied from lora.py: start of the run ---
+    steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
+    common.describe_run(train_set, steps, args, device, dtype)
+    run = common.start_run(args, model, optimizer, train_set, steps)
+    log = common.Log(args, run, len(steps), device)
+    shown, samples_before = eval_set or train_set, None
+    if run["step"] == 0:
+        samples_before = answer_samples(model, tokenizer, shown, args, device, log)
+        if eval_set:
+            log.evaluation(loss=held_out_loss(model, eval_set, args, device))
+    # --- end ---
+
+    # --- copied from lora.py: one step ---
+    for step in range(run["step"] + 1, len(steps) + 1):
+        common.seed_step(args, step)  # dropout
+        lr = common.learning_rate(step, len(steps), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        nll = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
-            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
-            nll += batch_nll.detach()
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
+        examples = train_set[steps[step - 1]]
+        num_targets = common.count_targets(examples)  # of all forward passes and ranks
+        loss = torch.zeros((), device=device)
+        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+            nll = -model.target_logps(**batch).sum()  # cross-entropy
+            (nll / num_targets).backward()  # a mean over the step's targets
+            loss += nll.detach() / num_targets
+        common.sum_gradients(model)  # over ranks
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
+        log.step_done(examples, loss, lr, grad_norm)
+        # --- end ---
+
+        # --- copied from lora.py: end of a step ---
+        if eval_set and (step % args.eval_every == 0 or step == len(steps)):
+            log.read()  # before the clock of an evaluation
+            eval_loss = held_out_loss(model, eval_set, args, device)
+            log.evaluation(loss=eval_loss)
+            if args.patience and eval_loss < run["best_loss"]:
+                run |= {"best_loss": eval_loss, "best_step": step}
+                common.save_checkpoint(args, "best", run, model, optimizer)
+            elif args.patience and step - run["best_step"] >= args.patience * args.eval_every:
+                break
+        signal = log.stopped()  # SIGINT or SIGTERM
+        if step % args.save_every == 0 or signal:
+            log.read()  # a loss that is not finite ends the run before it is saved
+            common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
+        if signal:
+            common.exit_stopped(step, signal)
     # --- end ---
 
-    run.show_samples()
-    save_adapters(args, model, tokenizer)
-    run.finish()
-    say_how_to_use(args)
+    # --- copied from lora.py: end of the run ---
+    log.bar.close()
+    if args.patience and run["best_step"] < run["step"]:
+        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
+    samples = answer_samples(model, tokenizer, shown, args, device, log)
+    print_samples(samples_before, samples)
+    # --- end ---
+    common.save_adapter(args, model, tokenizer, config)
+    log.done()
 
 
-def save_adapters(args, model, tokenizer) -> None:
-    """Two files as PEFT's adapters have, with a peft_type and keys of our own."""
-    config = {
-        "peft_type": "HOULSBY", "bottleneck": args.bottleneck, "activation": args.activation,
-        "pfeiffer": args.pfeiffer, "train_norms": args.train_norms,
-    }  # fmt: skip
-    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
+# --- copied from lora.py: held-out loss and samples ---
+def held_out_loss(model, eval_set, args, device) -> float:
+    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    with common.evaluating(model):
+        for first in range(0, len(eval_set), 256):
+            for batch in common.micro_batches(eval_set[first : first + 256], args, device):
+                nll -= model.target_logps(**batch).sum()
+    return common.sum_over_ranks(nll).item() / common.count_targets(eval_set[:])
 
 
-def load_adapters(model, args) -> None:
-    """Put the adapter of --adapter on the model. Its own bottleneck, activation, places and norms are used."""
-    config, tensors = common.load_adapter(args.adapter, model, "HOULSBY")
-    valid = {
-        "bottleneck": lambda value: type(value) is int and value > 0, "activation": lambda value: value in list(ACTIVATIONS),
-        "pfeiffer": lambda value: type(value) is bool, "train_norms": lambda value: type(value) is bool,
-    }  # fmt: skip
-    for key, is_valid in valid.items():
-        if not is_valid(config.get(key)):
-            raise common.UserError(f"--adapter {args.adapter}: {key} in its adapter_config.json is {config.get(key)!r}")
-        setattr(args, key, config[key])
-    add_adapters(model, args.bottleneck, args.activation, args.pfeiffer, args.train_norms)
-    common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
+def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
+    text is continued from its middle. Logs how many answers are exactly the data's."""
+    rows = [examples[n] for n in range(min(args.samples, len(examples)))]
+    edges = [np.flatnonzero(np.diff(row["is_target"].astype(int)) == 1) + 1 for row in rows]
+    starts = [
+        e[-1] if len(e) and e[-1] > 1 else len(r["input_ids"]) // 2 for e, r in zip(edges, rows)
+    ]
+    prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
+    data = [row["input_ids"][start:] for row, start in zip(rows, starts)]
+    answers = []
+    for first in range(0, len(prompts), 32):
+        answers += common.generate(model, tokenizer, prompts[first : first + 32], device)
+    prompts, data = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (prompts, data))
+    if rows:
+        exact = [answer.strip() == right.strip() for answer, right in zip(answers, data)]
+        log.evaluation(exact_match=sum(exact) / len(exact))
+    return list(zip(prompts, answers, data))
 
 
-def say_how_to_use(args) -> None:
-    """The last lines of a run: where the adapter lies, and a command that uses it on the same held-out rows."""
-    base = f"{args.output}/base" if args.model == "random" else args.model
-    again = ["python", "adapter.py", "--model", base, "--adapter", args.output, "--max-steps", "0"]
-    again += ["--output", f"{args.output}-again", "--data", *args.data]
-    again += ["--eval-data", *args.eval_data] if args.eval_data else ["--eval-fraction", str(args.eval_fraction)]
-    again += ["--seed", str(args.seed), "--max-length", str(args.max_length), "--dtype", args.dtype]
-    again += ["--system", args.system] if args.system is not None else []
-    again += ["--no-packing"] * (not args.packing) + ["--trust-remote-code"] * args.trust_remote_code
-    if args.template:
-        again += ["--template", "none" if args.template == "none" else f"{args.output}/chat_template.jinja"]
-    common.say(f"""
-The adapter lies in {args.output}. It cannot be merged: this script loads it. Evaluate it and answer held-out prompts:
-  {shlex.join(again)}
-Without --max-steps 0 the same command trains it further, into another folder.""")
+def print_samples(before, after) -> None:
+    """before: None after --resume."""
+    for n, (prompt, answer, data) in enumerate(after[:3]):
+        texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
+        texts |= {"after": answer, "data": data}
+        common.say("\n" + "\n".join(f"--- {key} ---\n{x.strip()}" for key, x in texts.items()))
+
+
+# --- end ---
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, demo={"lr": 3e-3, "epochs": 6}, output="runs/adapter", lr=1e-3)
+    parser = common.make_parser(__doc__, output="runs/adapter", lr=1e-3)
     add = parser.add_argument_group("adapters").add_argument
-    add("--bottleneck", type=common.number(int, 1), default=64, help="r, the width of each adapter: how much it can change")
+    add("--bottleneck", type=int, default=64, help="width of each adapter")
     add("--activation", choices=list(ACTIVATIONS), default="relu", help="inside each adapter")
     add("--pfeiffer", action="store_true", help="adapters after the MLPs alone: half as many")
-    add("--train-norms", action=argparse.BooleanOptionalAction, default=True, help="also train the weights of the norms")
-    add("--adapter", metavar="FOLDER", help="continue from an adapter of this script; its bottleneck, activation, places and norms are used")
-    parser.adapter_brings = ("--bottleneck", "--activation", "--pfeiffer", "--train-norms", "--no-train-norms")
-    train(parser.parse_args(argv))
+    yes_or_no = {"action": argparse.BooleanOptionalAction, "default": True}
+    add("--train-norms", **yes_or_no, help="also train the weights of the norms")
+    start = "start from an adapter of this script, with its settings of these four flags"
+    add("--adapter", metavar="FOLDER", help=start)
+    train(common.parse_args(parser, argv, demo={"lr": 8e-3, "epochs": 6}))
 
 
 if __name__ == "__main__":
-    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; a shorter --max-length")
+    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --micro-batch-tokens; "
+                  "a shorter --max-length; qlora.py")  # fmt: skip

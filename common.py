@@ -22,6 +22,7 @@ import heapq
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -51,9 +52,9 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -85,12 +86,8 @@ def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentPar
     add("--model", help="a folder or a Hub name; without it and --data: a demonstration")
     files = ".jsonl, .json, .csv, .parquet (or .gz) files, folders of them, NAME[@CONFIG][@SPLIT] "
     add("--data", nargs="+", help=files + "on the Hub; PATH:2 uses each row twice in an epoch")
-    add(
-        "--eval-data",
-        nargs="+",
-        default=["0.05"],
-        help="held-out rows: files, or a share of --data",
-    )
+    held_out = "held-out rows: files, or a share of --data"
+    add("--eval-data", nargs="+", default=["0.05"], help=held_out)
     add("--max-length", type=int, help="tokens of an example; None: the model's, at most 2048")
     add("--system", metavar="TEXT", help="system turn of conversations that have none")
     add("--template", help="a .jinja file, alpaca or none (strings joined); None: the model's own")
@@ -150,16 +147,16 @@ def launch(main, out_of_memory: str) -> None:
     try:
         main()
     except UserError as error:
-        code, message = 2, f"error: {error}"
+        code, message = 2, error
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        code, message = 1, f"error: out of GPU memory ({reason}). Try, in order: {out_of_memory}"
+        code, message = 1, f"out of GPU memory ({reason}). Try, in order: {out_of_memory}"
     except (OSError, safetensors.SafetensorError) as error:  # a full disk, a read-only folder
-        code, message = 1, f"error: {error}"
+        code, message = 1, error
     except KeyboardInterrupt:
         code = 130
     if message:
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)
     if code and RANKS > 1:
         os._exit(code)  # the other ranks may wait for this one: torchrun ends them
     if dist.is_initialized():
@@ -173,28 +170,52 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def suffix_of(path: Path) -> str:
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def open_source(name: str):
+    """A file, a folder or a Hub data set -> (a hash of its content, its rows as (place, row))."""
+    path, (hub, *rest) = Path(name), name.split("@")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    files = [file for file in files if suffix_of(file) in SUFFIXES]
+    if files:
+        contents = [(str(x), hashlib.sha256(x.read_bytes()).hexdigest()) for x in files]
+        return contents, (row for file in files for row in read_file(file))
+    if path.exists() or suffix_of(path) in SUFFIXES or name[:1] in "./~":
+        raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file or folder of them")
+    config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+    try:
+        table = datasets.load_dataset(hub, config, split=split)
+    except Exception as error:  # no network, no such name, no such split
+        problem = f"no such file, and not loaded from the Hub: {str(error).splitlines()[0]}"
+        raise UserError(f"--data {name}: {problem}") from error
+    rows = ((f"{name}: row {n}", drop_nulls(row)) for n, row in enumerate(table, 1))
+    return table._fingerprint, rows
 
 
 def read_file(path: Path):
-    """Yield every row; a line that cannot be read is a ValueError instead."""
+    """Yield (place, row); in place of a line that is not JSON, a ValueError."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-        kind, is_list = suffix_of(path), file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"["
-        file.seek(0)
+        kind, start = suffix_of(path), file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \r\n\t")
         if kind == ".parquet":
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-                yield from map(drop_nulls, batch.to_pylist())
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            rows = (drop_nulls(row) for batch in batches for row in batch.to_pylist())
         elif kind == ".csv":
             csv.field_size_limit(2**31 - 1)
-            yield from csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
-        elif kind == ".json" and is_list:
-            yield from json.load(file)
+            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        elif kind == ".json" and start.startswith(b"["):
+            rows = json.load(file)
         else:
-            for line in file:
+            for n, line in enumerate(file, 1):
                 try:
-                    yield json.loads(line) if line.strip() else None  # finds a byte-order mark
+                    row = json.loads(line) if line.strip() else None
                 except ValueError as error:
-                    yield ValueError(f"{error}: give a JSON list, or one object per line")
+                    row = ValueError(f"{error}: give a JSON list, or one object per line")
+                if row is not None:
+                    yield f"{path}:{n}", row
+            return
+        for n, row in enumerate(rows, 1):
+            yield f"{path}: row {n}", row
 
 
 def drop_nulls(value):
@@ -204,42 +225,6 @@ def drop_nulls(value):
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def load_from_hub(name: str) -> datasets.Dataset:
-    hub, *rest = name.split("@")  # NAME, NAME@SPLIT or NAME@CONFIG@SPLIT
-    config = rest[0] if len(rest) == 2 else None
-    try:
-        return datasets.load_dataset(hub, config, split=rest[-1] if rest else "train")
-    except Exception as error:  # no network, no such name, no such split
-        first = str(error).splitlines()[0]
-        problem = f"no such file, and not loaded from the Hub: {first}"
-        raise UserError(f"--data {name}: {problem}") from error
-
-
-def find_files(name: str) -> list[Path]:
-    """The files of a path; none if it is the name of a Hub data set."""
-    path = Path(name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    files = [file for file in files if suffix_of(file) in SUFFIXES]
-    if not files and (path.exists() or suffix_of(path) in SUFFIXES or name[:1] in "./~"):
-        raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file or folder of them")
-    return files
-
-
-def file_digest(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def parse_source(text: str) -> tuple[str, float]:
-    """PATH[:WEIGHT] -> (path, weight)"""
-    path, _, weight = text.rpartition(":")
-    if not path or Path(text).exists() or not re.fullmatch(r"[-+]?\d*\.?\d+|nan|inf", weight):
-        return text, 1.0
-    if not 0 < float(weight) < math.inf:
-        raise UserError(f"--data {text}: the weight must be a positive number")
-    return path, float(weight)
-
-
 # A row is a dictionary from here on, and what is wrong with it is a ValueError.
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
@@ -247,15 +232,16 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assista
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 PROMPTS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "response", "output", "answer")
-LAYOUTS = f"messages or conversations; one of {PROMPTS} with one of {ANSWERS}; text"
+INPUTS = ("input", "context")  # Alpaca's, Dolly's: a second part of the prompt
+LAYOUTS = ("messages", "conversations"), PROMPTS, ANSWERS, ("text",)
 # Fields that change what a row means: one that is there and is not used is an error.
+SAID = ("content", "reasoning_content", "thinking", "tool_calls")
 MEANINGFUL = """system tools functions history input context documents weight label chosen rejected
 rejected_response responses images image videos audios function_call reasoning""".split()
-SAID = ("content", "reasoning_content", "thinking", "tool_calls")
 EMPTY = (None, "", [], {})
 
 
-def check_unused(left: dict, fields=MEANINGFUL) -> None:
+def check_unused(left: dict, fields) -> None:
     if unused := [key for key in fields if left.get(key) not in EMPTY]:
         raise ValueError(f"field {unused[0]!r} has a meaning, and is not used here")
 
@@ -279,7 +265,7 @@ def to_message(message, role: str | None = None) -> dict:
         content = message["content"] = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"content of a {message['role']} message is {str(content):.40}, not text")
-    check_unused({key: value for key, value in message.items() if key != "weight"})
+    check_unused(message | {"weight": None}, MEANINGFUL)
     return message
 
 
@@ -291,11 +277,26 @@ def parse_arguments(call: dict) -> dict:
     return call | {"function": function} if "function" in call else function
 
 
-def to_messages(value, role: str, field: str) -> list[dict]:
-    """A field of a row -> messages. A string is one message of the role."""
+def take_messages(left: dict, field: str, role: str) -> list[dict]:
+    """Take a field out of a row -> messages. A string is one message of the role."""
+    value = left.pop(field)
     if not isinstance(value, (str, dict, list)) or value == []:
         raise ValueError(f"field {field!r} is {str(value):.40}, not text or a list of messages")
     return [to_message(item, role) for item in (value if isinstance(value, list) else [value])]
+
+
+def take_prompt(left: dict, field: str) -> list[dict]:
+    """Take the prompt, with its second part and the earlier turns, out of a row -> messages."""
+    turns = take_messages(left, field, "user")
+    if extra := next((key for key in INPUTS if left.get(key) not in EMPTY), None):
+        if not isinstance(left[extra], str):
+            raise ValueError(f"field {extra!r} is {left[extra]!s:.40}, not text")
+        turns[-1]["content"] += "\n\n" + left.pop(extra)
+    history = left.pop("history", None) or []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError("field 'history' is not a list of [question, answer]")
+    roles = "user", "assistant"
+    return [to_message(text, role) for pair in history for text, role in zip(pair, roles)] + turns
 
 
 def parse_row(row) -> tuple[str | list[dict], list | None]:
@@ -307,35 +308,27 @@ def parse_row(row) -> tuple[str | list[dict], list | None]:
     left = dict(row)  # fields are taken out as they are used
     if {"chosen", "rejected"} <= left.keys():
         raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
-    key = next((key for key in ("messages", "conversations") if key in left), None)
-    prompt = next((key for key in PROMPTS if key in left), None)
-    answer = next((key for key in ANSWERS if key in left), None)
-    if not key and not (prompt and answer):
-        if "text" not in left:
-            raise ValueError(f"fields {sorted(left)} fit none of: {LAYOUTS}")
-        (text,) = to_messages(left.pop("text"), "user", "text")
-        check_unused(left)
-        return text["content"], None
-    if key:
-        if isinstance(left[key], str):
-            raise ValueError(f"field {key!r} is text, not a list of messages")
-        turns = to_messages(left.pop(key), "user", key)
+    fields = [next((name for name in names if name in left), None) for names in LAYOUTS]
+    conversation, prompt, answer, text = fields
+    meaningful = (*MEANINGFUL, *SAID)
+    if conversation:
+        if isinstance(left[conversation], str):
+            raise ValueError(f"field {conversation!r} is text, not a list of messages")
+        turns = take_messages(left, conversation, "user")
+    elif prompt and answer:
+        turns = take_prompt(left, prompt) + take_messages(left, answer, "assistant")
+        meaningful += PROMPTS + ANSWERS
+    elif text:
+        (message,) = take_messages(left, text, "user")
+        check_unused(left, MEANINGFUL)
+        return message["content"], None
     else:
-        turns = to_messages(left.pop(prompt), "user", prompt)
-        extra = next((key for key in ("input", "context") if left.get(key) not in EMPTY), None)
-        if extra:  # Alpaca's input, Dolly's context
-            if not isinstance(left[extra], str):
-                raise ValueError(f"field {extra!r} is {left[extra]!s:.40}, not text")
-            turns[-1]["content"] += "\n\n" + left.pop(extra)
-        turns += to_messages(left.pop(answer), "assistant", answer)
-        for pair in reversed(left.pop("history", None) or []):
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise ValueError("field 'history' is not a list of [question, answer]")
-            turns = [to_message(pair[0], "user"), to_message(pair[1], "assistant"), *turns]
-    tools = left.pop("tools", None) or None
+        known = f"messages or conversations; prompt and answer under {PROMPTS} and {ANSWERS}; text"
+        raise ValueError(f"fields {sorted(left)} fit none of: {known}")
     if left.get("system") not in EMPTY and turns[0]["role"] != "system":
-        turns = [to_message(left.pop("system"), "system"), *turns]
-    check_unused(left, (*MEANINGFUL, *SAID) if key else (*MEANINGFUL, *SAID, *PROMPTS, *ANSWERS))
+        turns = [*take_messages(left, "system", "system"), *turns]
+    tools = left.pop("tools", None) or None
+    check_unused(left, meaningful)
     return turns, json.loads(tools) if isinstance(tools, str) else tools
 
 
@@ -358,13 +351,12 @@ JOINED = """{% for m in messages %}{{ m['content'] }}
 def load_tokenizer(args):
     """The tokenizer of --model, with a chat template and a pad token."""
     tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
-    named = {"alpaca": ALPACA, "none": JOINED, None: tokenizer.chat_template}
-    template = (
-        named[args.template] if args.template in named else Path(args.template).read_text("utf-8")
-    )
-    if not template:
+    if args.template:
+        named = {"alpaca": ALPACA, "none": JOINED}.get(args.template)
+        tokenizer.chat_template = named or Path(args.template).read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
         say("the tokenizer has no chat template: using and saving the Alpaca layout (--template)")
-    tokenizer.chat_template = template or ALPACA
+        tokenizer.chat_template = ALPACA
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no eos token to stop at")
     if tokenizer.pad_token_id is None:
@@ -392,24 +384,10 @@ def end_of_turn(tokenizer, text: str, start: int) -> int:
 
 def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> list[tuple]:
     """A conversation -> [(text, character spans of targets)]. Targets are the messages at the
-    positions `answers`. If the template writes earlier turns differently once later ones follow
-    (Qwen3 drops their thinking), each answer has a text of its own."""
-    template = tokenizer.get_chat_template(tools=tools)
-    if re.search(r"\{%-?\s*generation\b", template):  # the template marks its targets
-        options = tokenizer.special_tokens_map | {"return_assistant_tokens_mask": True}
-        (text,), (spans,) = render_jinja_template([turns], tools, chat_template=template, **options)
-        writers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        spans = [span for i, span in zip(writers, spans) if i in answers]
-        for n, (start, end) in enumerate(spans):  # a block may close before the end of turn
-            special = special_tokens(tokenizer)
-            stop = next((s for s in special if text.startswith(s, end)), "")
-            if not text[start:end].rstrip().endswith(tuple(special)):
-                spans[n] = (start, end + len(stop))
-        return [
-            (text, [(start, end_of_turn(tokenizer, text[:end], start)) for start, end in spans])
-        ]
+    positions `answers`. An answer has a text of its own if the template writes earlier turns
+    differently once it follows (Qwen3 drops their thinking)."""
     render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
-    texts, spans = [], []
+    texts = []
     for i in answers:
         prompt, text = render(turns[:i], add_generation_prompt=True), render(turns[: i + 1])
         start = len(prompt)
@@ -417,15 +395,14 @@ def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> l
             start = len(os.path.commonprefix([prompt, text]))
             if not text.startswith(render(turns[:i])):
                 raise ValueError("the chat template changes the prompt once its answer follows")
-        said = turns[i]["content"].strip()  # it may end with special tokens of its own
-        least = start + len(said) + text[start:].find(said) if said in text[start:] else start
-        spans.append((start, end_of_turn(tokenizer, text, least)))
-        texts.append(text[: spans[-1][1]])
-    if all(texts[-1].startswith(text) for text in texts):
-        return [(texts[-1], spans)]
-    if len(texts) > 64:  # each of them repeats all turns before it
-        raise ValueError("the chat template rewrites earlier turns: at most 64 answers a row")
-    return [(text, [span]) for text, span in zip(texts, spans)]
+        span = start, end_of_turn(tokenizer, text, start)
+        text, spans = text[: span[1]], [span]
+        if texts and text.startswith(texts[-1][0]):
+            spans = texts.pop()[1] + spans
+        texts.append((text, spans))
+        if len(texts) > 64:  # each repeats all turns before it
+            raise ValueError("the chat template rewrites earlier turns: at most 64 answers a row")
+    return texts
 
 
 def tokenize(tokenizer, text: str, spans: list[tuple], **options) -> tuple[list, np.ndarray]:
@@ -444,21 +421,21 @@ def plain(text) -> str:
     return re.sub(r"\s", "", unicodedata.normalize("NFC", str(text)))
 
 
-def check_answers(tokenizer, encoded: list, turns: list[dict], answers: list[int], tools) -> None:
+def check_written(tokenizer, encoded: list, turns: list[dict], answers: list[int], tools) -> None:
     """What the answers say must be in the targets; system and user turns and tools, in the text."""
     targets = plain("".join(tokenizer.decode(np.array(ids)[marks]) for ids, marks in encoded))
     text = plain("".join(tokenizer.decode(ids) for ids, _ in encoded))
+    names = [(tool.get("function") or tool)["name"] for tool in tools or []]
+    said = [("tools", name, text) for name in names]
     for i, turn in enumerate(turns):
-        said = [(key, turn.get(key)) for key in SAID[:3] if turn.get(key) not in EMPTY]
-        for call in turn.get("tool_calls") or []:
-            said.append(("tool_calls", (call.get("function") or call)["name"]))
-        for key, value in said if i in answers or turn["role"] in ("system", "user") else ():
-            # a generation prompt may open the thinking block
-            if plain(value).removeprefix("<think>") not in (targets if i in answers else text):
-                raise ValueError(f"the chat template does not write {key} {value!r:.40}")
-    for tool in tools or []:
-        if plain((tool.get("function") or tool).get("name")) not in text:
-            raise ValueError("field 'tools' has a meaning, and the chat template does not write it")
+        if i in answers or turn["role"] in ("system", "user"):
+            calls = [call.get("function") or call for call in turn.get("tool_calls") or []]
+            parts = [(key, turn.get(key) or "") for key in SAID[:3]]
+            parts += [("tool_calls", call["name"]) for call in calls]
+            said += [(key, part, targets if i in answers else text) for key, part in parts]
+    for key, part, where in said:  # a generation prompt may open the thinking block
+        if plain(part).removeprefix("<think>") not in where:
+            raise ValueError(f"the chat template does not write {key!r} {part!r:.40}")
 
 
 def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
@@ -470,125 +447,119 @@ def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
     empty = [i for i in answers if not any(plain(turns[i].get(key) or "") for key in SAID)]
     if not answers or empty:
         return []
-    # what follows the last answer teaches nothing
-    turns = turns[: answers[-1] + 1]
+    turns = turns[: answers[-1] + 1]  # what follows the last answer teaches nothing
     texts = render_answers(tokenizer, turns, tools, answers)
     joined = tokenizer.chat_template == JOINED  # no template has written special tokens
     encoded = [tokenize(tokenizer, *text, add_special_tokens=joined) for text in texts]
-    check_answers(tokenizer, encoded, turns, answers, tools)
+    check_written(tokenizer, encoded, turns, answers, tools)
     return encoded
 
 
-EXAMPLE = {
+EXAMPLE = {  # the columns of a data set
     "input_ids": datasets.List(datasets.Value("int32")),
     "is_target": datasets.List(datasets.Value("bool")),
     "prompt": datasets.Value("int64"),  # a hash: examples with the same prompt share it
-    "digest": datasets.Value("int64"),  # of ids and targets
+    "digest": datasets.Value("int64"),  # a hash of ids and targets
     "note": datasets.Value("string"),  # "" or "cut"; else why there are no tokens
+    "source": datasets.Value("int32"),  # which of --data and --eval-data
 }
 
 
-def make_example(ids=(), is_target=(), note: str = "", prompt: str = "") -> dict:
-    ids, marks = list(ids), list(map(bool, is_target))
-    numbers = [hashlib.sha256(s.encode()).digest()[:8] for s in (prompt, json.dumps([ids, marks]))]
-    prompt, digest = (int.from_bytes(number, signed=True) for number in numbers)
-    return dict(zip(EXAMPLE, (ids, marks, prompt, digest, note)))
+def make_example(prompt=(), ids=(), marks=(), note: str = "") -> dict:
+    hashes = hash(tuple(prompt)), hash((*ids, *marks))  # of integers: the same in every process
+    return dict(zip(EXAMPLE, (list(ids), list(marks), *hashes, note)))
 
 
 def encode_row(row, tokenizer, settings: dict) -> list[dict]:
     """The examples of a row, or one without tokens whose note says why."""
     turns, tools = parse_row(row)
-    max_length, system, eos = settings["max_length"], settings["system"], tokenizer.eos_token_id
+    limit, system, eos = settings["max_length"], settings["system"], tokenizer.eos_token_id
     if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
         ids = tokenizer(turns).input_ids if turns.strip() else [eos]
-        ids = ids if ids[-1] == eos else [*ids, eos]
-        pieces = [ids[first : first + max_length] for first in range(0, len(ids), max_length)]
-        encoded, prompt = [(piece, np.ones(len(piece), dtype=bool)) for piece in pieces], turns
+        prompt = ids = ids if ids[-1] == eos else [*ids, eos]
+        pieces = [ids[first : first + limit] for first in range(0, len(ids), limit)]
+        encoded = [(piece, np.ones(len(piece), dtype=bool)) for piece in pieces]
     else:
         if system is not None and turns[0]["role"] != "system":
             turns = [to_message(system, "system"), *turns]
-        roles = [turn["role"] for turn in turns[1:]] + ["assistant"]
-        prompt = json.dumps([turn["content"] for turn in turns[: roles.index("assistant") + 1]])
         encoded = encode_conversation(tokenizer, turns, tools)
+        prompt = encoded[0][0][: encoded[0][1].argmax()] if encoded else []
     examples = []
     for ids, marks in encoded:
         if max(ids) >= settings["vocab_size"]:
             token = tokenizer.convert_ids_to_tokens(max(ids))
             raise ValueError(f"token {token!r} is beyond the model's {settings['vocab_size']} rows")
-        note = "cut" if len(ids) > max_length else ""
-        marks = (marks | (settings["loss_on"] == "all"))[:max_length]
+        note = "cut" if len(ids) > limit else ""
+        marks = (marks | (settings["loss_on"] == "all"))[:limit]
         marks[0] = False  # nothing predicts a first token
         if marks.any():
-            examples.append(make_example(ids[:max_length], marks, note, prompt))
-    return examples or [make_example(note="no target", prompt=prompt)]
+            examples.append(make_example(prompt, ids[:limit], marks, note))
+    return examples or [make_example(note="no target")]
 
 
-def load_examples(name: str, tokenizer, settings: dict, skip_bad_rows: bool) -> datasets.Dataset:
-    """Read and tokenise a source. Its tokens stay in the cache of `datasets`, under a key of the
-    files' content, the tokenizer and the settings."""
-    files = find_files(name)
-    hub = None if files else load_from_hub(name)
-    state = [[str(file), file_digest(file)] for file in files] or [hub._fingerprint]
-    state += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, settings]
-    state += [str(tokenizer.special_tokens_map), file_digest(__file__)]
-    large = sum(file.stat().st_size for file in files) > 10**7
+def parse_source(text: str) -> tuple[str, float]:
+    """PATH[:WEIGHT] -> (path, weight)"""
+    if Path(text).exists():
+        return text, 1.0
+    path, weight = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", text).groups()
+    return path, float(weight or 1)
 
-    def generate(parts=range(8)):  # each process takes its part of every 8 rows
-        sources = [(file, read_file(file)) for file in files] or [(name, map(drop_nulls, hub))]
-        for source, rows in sources:
-            for n, row in enumerate(rows, 1):
-                if n % 8 not in parts or row is None:
-                    continue
+
+def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Dataset:
+    """All examples and notes. `datasets` keeps them in its cache, under a key of the content, the
+    tokenizer and the settings."""
+    sources = [open_source(name) for name in names]
+
+    def generate():
+        for number, (_, rows) in enumerate(sources):
+            for place, row in rows:
                 try:
-                    yield from encode_row(row, tokenizer, settings)
+                    examples = encode_row(row, tokenizer, settings)
                 except Exception as error:  # what can be wrong with a row is open-ended
-                    place = (
-                        f"{source}:{n}" if str(source).endswith("jsonl") else f"{source}: row {n}"
-                    )
-                    yield make_example(note=f"{place}: {str(error or repr(error)).splitlines()[0]}")
+                    reason = str(error or repr(error)).splitlines()[0]
+                    examples = [make_example(note=f"{place}: {reason}")]
+                yield from (example | {"source": number} for example in examples)
 
-    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
-    options = {"features": datasets.Features(EXAMPLE), "fingerprint": key}
-    if large:
-        options |= {"gen_kwargs": {"parts": [*range(8)]}, "num_proc": min(8, os.cpu_count() or 1)}
+    state = [[content for content, _ in sources], settings, tokenizer.chat_template]
+    state += [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)]
+    state += [Path(__file__).read_text(encoding="utf-8")]
+    options = {"features": datasets.Features(EXAMPLE)}
+    options["fingerprint"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     try:
-        table = datasets.Dataset.from_generator(generate, **options)
+        return datasets.Dataset.from_generator(generate, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         problem = f"no rows, or they cannot be read: {error.__cause__ or error}"
-        raise UserError(f"--data {name}: {problem}") from error
-    notes = table["note"][:]
-    bad = [note for note in notes if note not in ("", "cut", "no target")]
-    if bad and not skip_bad_rows or not notes:
-        few = f"{len(bad)} rows of {name} cannot be used (--skip-bad-rows drops them)"
-        raise UserError("\n".join([few, *bad[:5]] if len(bad) > 1 else bad or [f"{name}: no rows"]))
-    kept = table.select([n for n, note in enumerate(notes) if note in ("", "cut")])
-    cut, lost = notes.count("cut"), notes.count("no target")
-    say(f"{name}: {len(kept):,} examples, {cut:,} of them cut at --max-length; dropped: {lost:,} "
-        f"without a target or an answer, {len(bad):,} bad rows")  # fmt: skip
-    return kept
+        raise UserError(f"--data {' '.join(names)}: {problem}") from error
 
 
 def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """-> (training examples, held-out examples or None), columns as EXAMPLE and `source`."""
+    """-> (training examples, held-out examples or None), with the columns of EXAMPLE."""
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 10**9
     longest -= getattr(args, "virtual_tokens", 0)  # they take positions
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
-    settings |= {"template": args.template, "loss_on": getattr(args, "loss_on", "answers")}
-    settings["vocab_size"] = config.vocab_size
+    settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
     names += args.eval_data if share is None else []
     if RANK > 0:
         dist.barrier()  # rank 0 tokenises, the others read its cache
-    tables = [load_examples(name, tokenizer, settings, args.skip_bad_rows) for name in names]
+    table = tokenize_sources(names, tokenizer, settings).with_format("numpy")
     if RANK == 0 and RANKS > 1:
         dist.barrier()
-    source = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    table = datasets.concatenate_datasets(tables).add_column("source", source)
-    held_out = source >= len(args.data)
+    notes = table["note"][:]
+    usable, no_target = np.isin(notes, ["", "cut"]), notes == "no target"
+    bad = notes[~usable & ~no_target]
+    if len(bad) and not args.skip_bad_rows:
+        few = [f"{len(bad)} rows cannot be used (--skip-bad-rows drops them)"] * (len(bad) > 1)
+        raise UserError("\n".join([*few, *bad[:5]]))
+    cut, lost = (notes == "cut").sum(), no_target.sum()
+    say(f"{usable.sum():,} examples, {cut:,} of them cut at --max-length; dropped: {lost:,} "
+        f"without a target or an answer, {len(bad):,} bad rows")  # fmt: skip
+    table = table.select(np.flatnonzero(usable))
+    held_out = table["source"][:] >= len(args.data)
     if share:  # whole prompts, until the share is reached
         prompts, counts = np.unique(table["prompt"][:], return_counts=True)
         shuffled = np.random.default_rng([args.seed, 7]).permutation(len(prompts))
@@ -598,7 +569,6 @@ def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | Non
         raise UserError(f"--data {' '.join(args.data)}: no example with a target to train on")
     if not held_out.any() and args.patience:
         raise UserError("--patience needs held-out rows: give --eval-data")
-    table = table.with_format("numpy")
     eval_set = table.select(np.flatnonzero(held_out)) if held_out.any() else None
     return table.select(np.flatnonzero(~held_out)), eval_set
 
@@ -612,24 +582,21 @@ def plan_steps(train_set, args) -> list[list[int]]:
     A function of data, seed and --batch-size alone, not of GPUs or memory. Steps run across the
     ends of epochs; only the last one may be short.
     """
-    weights, sources = [parse_source(text)[1] for text in args.data], train_set["source"][:]
-    members = [np.flatnonzero(np.asarray(sources) == n) for n in range(len(weights))]
-    epoch_size = sum(weight * len(rows) for weight, rows in zip(weights, members))
-    if epoch_size < 1:
+    weights = [parse_source(text)[1] for text in args.data]
+    random = np.random.default_rng(args.seed)
+    members = [np.flatnonzero(train_set["source"][:] == n) for n in range(len(weights))]
+    members = [random.permutation(rows) for rows in members]
+    counts = [round(weight * len(rows)) for weight, rows in zip(weights, members)]
+    if sum(counts) == 0:
         raise UserError("--data: with these weights, an epoch has less than one example")
-    wanted = round(args.epochs * epoch_size)
+    wanted = round(args.epochs * sum(counts))
     wanted = wanted if args.max_steps is None else args.max_steps * args.batch_size
-    order, epoch = [], 0
-    while len(order) < wanted:
-        chosen = []
-        for n, (weight, rows) in enumerate(zip(weights, members)):
-            # weight 2.5: all rows twice and half of them again; the next epoch, the other half
-            shuffled = np.random.default_rng([args.seed, n]).permutation(rows)
-            first, last = (round((epoch + i) * weight * len(rows)) for i in (0, 1))
-            chosen.append(shuffled[np.arange(first, last) % max(1, len(rows))])
-        generator = np.random.default_rng([args.seed, len(weights), epoch])
-        order += generator.permutation(np.concatenate(chosen)).tolist()
-        epoch += 1
+    order = []
+    for epoch in range(math.ceil(wanted / sum(counts))):
+        # weight 2.5: all rows twice and half of them again; in the next epoch, the other half
+        parts = zip(members, counts)
+        parts = [np.take(m, range(n * epoch, n * (epoch + 1)), mode="wrap") for m, n in parts]
+        order += random.permutation(np.concatenate(parts)).tolist()
     return [order[i : min(i + args.batch_size, wanted)] for i in range(0, wanted, args.batch_size)]
 
 
@@ -745,11 +712,9 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
 
 def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None:
     """The first line of a run, and warnings where batches do not suit the data."""
-    if not steps:
-        return say("no optimizer steps: only evaluating and saving")
     sample = [train_set[numbers]["input_ids"] for numbers in steps[:: max(1, len(steps) // 20)]]
     passes = sum(len(plan_passes(list(map(len, ids)), args)) for ids in sample)
-    tokens = sum(len(x) for ids in sample for x in ids) / passes
+    tokens = sum(len(x) for ids in sample for x in ids) / max(1, passes)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     length = f" ({args.epochs:g} epochs of {len(train_set):,})" if args.max_steps is None else ""
     say(f"{len(steps):,} steps of {args.batch_size} examples{length}, about {tokens:,.0f} tokens a "
@@ -812,6 +777,14 @@ def seed_step(args, step: int) -> None:
     torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)
 
 
+def share(value):
+    """Rank 0's value, on all ranks."""
+    values = [value]
+    if RANKS > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def pretrained(auto_class, name: str, **options):
     """auto_class.from_pretrained, with a UserError where it fails."""
     adapter = Path(name) / "adapter_config.json"
@@ -828,36 +801,44 @@ def pretrained(auto_class, name: str, **options):
         raise UserError(f"--model {name}: {where}{reason}") from error
 
 
-def load_model(args, dtype, device, weights=None, shard: bool = False, offload: bool = False):
+def load_model(
+    args, dtype, device, weights=None, shard: bool = False, offload: bool = False,
+    load_in_4bit: bool = False,
+):  # fmt: skip
     """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7).
 
     weights: the dtype in which weights are kept, if not dtype: float32 where they train.
     shard: each rank keeps its part (`shard_model`). Rank 0 alone reads the files, the others
-    receive. What sections 6 and 7 assume of a model is checked here, by trying.
+    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
+    6 and 7 assume of a model is checked here, by trying.
     """
+    if load_in_4bit and shard:
+        raise UserError("--shard: not on a base in 4 bits, of which every rank has a copy")
+    auto_class, options = transformers.AutoModelForCausalLM, {"dtype": weights or dtype}
     if RANK == 0:
-        options = {"dtype": weights or dtype, "use_safetensors": True, "output_loading_info": True}
-        model, found = pretrained(transformers.AutoModelForCausalLM, args.model, **options)
-        if missing := sorted(found["missing_keys"]):  # transformers would make them random
-            raise UserError(
-                f"--model {args.model}: weights are in no file: {missing[0]} and others"
-            )
-        model.to("cpu" if shard else device)
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = pretrained(auto_class, args.model, **options)
+        if missing := sorted(info["missing_keys"]):  # transformers would make them random
+            raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
+        model.to("cpu" if shard or load_in_4bit else device)
     else:
         config = pretrained(transformers.AutoConfig, args.model)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=weights or dtype)
+            model = auto_class.from_config(config, **options)
     model.target_logps = types.MethodType(target_logps, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         autocast = torch.autocast(device.type, dtype=dtype, cache_enabled=False)
         model.target_logps = autocast(model.target_logps)
     if not args.no_packing:
         model.set_attn_implementation("stretches")
-    lean = share(lean_modules(model) if RANK == 0 else None)
-    for name, forward in lean:
+    for name in share(lean_modules(model) if RANK == 0 else None):
         module = model.get_submodule(name)
-        module.forward = types.MethodType(LEAN[forward], module)
+        module.forward = types.MethodType(lean_forward(module), module)
+    if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
+        for name in find_targets(model, "all-linear")[0]:
+            model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
+        model.to("cpu" if shard else device)
         check_model(model, args, exact=dtype == torch.float32)
     if shard:
         shard_model(model, dtype, device, offload)
@@ -865,7 +846,9 @@ def load_model(args, dtype, device, weights=None, shard: bool = False, offload: 
         if RANK > 0:
             model.to_empty(device=device)
             model.tie_weights()  # .to_empty() unties
-        for tensor in [*model.parameters(), *model.buffers()]:
+        states = [layer.state for layer in model.modules() if isinstance(layer, Linear4bit)]
+        scales = [x for state in states for x in (state.absmax, state.state2.absmax, state.offset)]
+        for tensor in [*model.parameters(), *model.buffers(), *scales]:
             dist.broadcast(tensor.data, 0)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
@@ -873,14 +856,6 @@ def load_model(args, dtype, device, weights=None, shard: bool = False, offload: 
         for block in blocks(model)[args.gradient_checkpointing :]:
             block.gradient_checkpointing = False
     return model.train()
-
-
-def share(value):
-    """Rank 0's value, on all ranks."""
-    values = [value]
-    if RANKS > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def blocks(model) -> list[nn.Module]:
@@ -911,6 +886,29 @@ def shard_model(model, dtype, device, offload: bool) -> None:
         buffer.data = (buffers[name] if RANK == 0 else buffer).to(device)
         dist.broadcast(buffer, 0)
     fsdp.register_fsdp_forward_method(model, "target_logps")  # gathers the head for the loss
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer frozen in 4 bits a weight, as qlora.py explains them, by bitsandbytes."""
+
+    def __init__(self, layer: nn.Linear, device):
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a package is missing on CPUs
+        from bitsandbytes.functional import quantize_4bit  # loads CUDA libraries: only if needed
+
+        if device.type == "cpu" and layer.in_features % 64:  # bitsandbytes 0.50 gets it wrong
+            size = layer.in_features
+            raise UserError(f"4 bits on a CPU: a layer's {size} inputs are no multiple of 64")
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        w = layer.weight.data
+        w = torch.zeros_like(w, device=device) if w.is_meta else w.to(device).contiguous()
+        kind = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+        packed, self.state = quantize_4bit(w, **kind)
+        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+
+    def forward(self, x):
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(x, self.weight, self.state, bias=self.bias)
 
 
 # Checkpoints have whole tensors of what trains, on rank 0's CPU.
@@ -945,48 +943,49 @@ def lean_mlp(self, x):
     return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-LEAN = {"norm": lean_norm, "mlp": lean_mlp}
+def lean_forward(module):
+    if isinstance(getattr(module, "gate_proj", None), nn.Linear):
+        return lean_mlp
+    return lean_norm if hasattr(module, "variance_epsilon") else None
 
 
 @torch.no_grad()
-def lean_modules(model) -> list[tuple[str, str]]:
-    """(module, key of LEAN) of the norms and MLPs that a lean forward computes exactly: not of
-    Gemma's norm, or of an MLP with another activation or with dropout."""
+def lean_modules(model) -> list[str]:
+    """Names of the norms and MLPs that a lean forward computes exactly: not of Gemma's norm, or
+    of an MLP with another activation or with dropout."""
     found = []
     for name, module in model.train().named_modules():
-        parts = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
-        is_mlp = all(isinstance(part, nn.Linear) for part in parts)
-        if is_mlp or hasattr(module, "variance_epsilon"):
-            kind, weight = ("mlp", parts[0].weight) if is_mlp else ("norm", module.weight)
+        if lean := lean_forward(module):
+            weight = getattr(module, "gate_proj", module).weight
             x = torch.linspace(-3, 3, 2 * weight.shape[-1]).view(2, -1).to(weight)
-            own, lean = module(x).float(), LEAN[kind](module, x).float()
-            if (own - lean).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
-                found.append((name, kind))
+            own, y = module(x).float(), lean(module, x).float()
+            if (own - y).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
+                found.append(name)
     return found
 
 
 @torch.no_grad()
 def check_model(model, args, exact: bool) -> None:
     """Two documents in one pass must get the log-probabilities that the model itself gives to
-    each alone: its head has no step that `output_head` does not know, and nothing leaks."""
-    model.eval()
+    each alone: its head has no step that `target_logps` does not know, and nothing leaks."""
     device, expected = model.get_input_embeddings().weight.device, []
     documents = [torch.arange(first, last) * 5 % 17 + 3 for first, last in ((0, 12), (12, 21))]
-    with own_attention(model):
+    examples = [{"input_ids": ids, "is_target": np.arange(len(ids)) > 0} for ids in documents]
+    with own_attention(model.eval()):
         for ids in (document.to(device) for document in documents):
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
             expected.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-    examples = [{"input_ids": ids, "is_target": np.arange(len(ids)) > 0} for ids in documents]
-    way_out = "" if args.no_packing else "; --no-packing may help"
+    problem = f"{type(model).__name__} is not supported: "
     try:
         found = model.target_logps(**collate(examples, args.no_packing, device))
+        # in bfloat16 single values differ by some per cent between shapes: compare the mean
+        difference, size = (x.abs().mean() for x in (found - torch.cat(expected), found))
+        if difference <= (1e-5 if exact else 0.02) * size:
+            return
+        problem += f"log-probabilities are {difference:.3g} nats from the model's own"
     except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{type(model).__name__} is not supported: {error}{way_out}") from error
-    # in bfloat16 single values differ by some per cent between shapes: compare the mean
-    difference, size = (x.abs().mean() for x in (found - torch.cat(expected), found))
-    if difference > (1e-5 if exact else 0.02) * size:
-        problem = f"log-probabilities are {difference:.3g} nats from the model's own"
-        raise UserError(f"{type(model).__name__} is not supported: {problem}{way_out}")
+        problem += str(error)
+    raise UserError(problem + ("" if args.no_packing else "; --no-packing may help"))
 
 
 # ------------------------------------------------------------------------------ 6. Attention
@@ -1073,93 +1072,63 @@ def own_attention(model):
 
 # ---------------------------------------------------------------------- 7. Log-probabilities
 #
-#   z = cap * tanh(scale * (W h + b) / cap)        the V logits of one position (cap, scale and
-#                                                  b: in few models)
+#   z = W h + b                                     the V logits of one position
 #   log p(t) = z_t - log sum_v exp(z_v)
-#   d log p(t) / d h = W^T [scale * (1 - (z / cap)^2) * (onehot(t) - softmax(z))]
+#   d log p(t) / d h = W^T (onehot(t) - softmax(z))
 #
-# Each log-probability depends on the hidden state h of its own position alone, so its gradient
-# is one row of d numbers. The forward pass forms these rows while a chunk of logits is at hand,
-# and the backward pass only scales them: logits are computed once, and never more than a chunk
-# of them exists. If W itself trains (full fine-tuning), the backward pass computes them again.
+# Logits are computed in chunks, and never more than a chunk of them exists. Each log-probability
+# depends on the hidden state h of its own position alone, so its gradient is one row of d
+# numbers. With a frozen head, the forward pass forms these rows while the logits are at hand,
+# and the backward pass only scales them: two products with W in place of three.
 
 LOGITS_AT_ONCE = 2**25  # elements of a chunk: 128 MiB in float32
 
 
-def chunk_logps(hidden, weight, bias, targets, scale, softcap, with_gradient: bool):
-    """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and d log p / d (W h + b), or
-    None, (C, V), which overwrites the logits."""
-    z = F.linear(hidden, weight, bias).float()
-    z = z * scale if scale != 1 else z
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    slope = scale * (1 - (z / softcap) ** 2) if softcap and with_gradient else scale
-    target, largest = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
-    total = z.sub_(largest).exp_().sum(1, keepdim=True)
-    logps = (target - largest - total.log()).squeeze(1)
-    if not with_gradient:
-        return logps, None
-    gradient = z.div_(-total)  # -softmax(z)
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(total))
-    return logps, gradient.mul_(slope) if softcap or scale != 1 else gradient
-
-
-class LinearLogps(torch.autograd.Function):
-    """log p(targets) under softmax(head(hidden)), without all logits.
-
-    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> (N,) float32. Gradients for
-    hidden, and for weight and bias if they train.
-    """
+class FrozenHeadLogps(torch.autograd.Function):
+    """hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> log p (N,), float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap):
-        ctx.head_trains, ctx.scale, ctx.softcap = ctx.needs_input_grad[1], scale, softcap
+    def forward(ctx, hidden, weight, bias, targets):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        with_rows = ctx.needs_input_grad[0] and not ctx.head_trains
-        rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
-        ctx.chunk = max(1, LOGITS_AT_ONCE // len(weight))
-        for i in range(0, len(hidden), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
-            head = (weight, bias, targets[part], scale, softcap)
-            logps[part], gradient = chunk_logps(hidden[part], *head, with_rows)
-            if with_rows:
-                rows[part] = gradient.to(weight.dtype) @ weight
-        ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.head_trains else (rows,)))
+        rows = torch.empty_like(hidden)  # d log p / d h
+        chunk = max(1, LOGITS_AT_ONCE // len(weight))
+        for first in range(0, len(hidden), chunk):
+            part, index = slice(first, first + chunk), targets[first : first + chunk, None]
+            z = F.linear(hidden[part], weight, bias).float()  # (C, V)
+            target, largest = z.gather(1, index), z.amax(1, keepdim=True)
+            total = z.sub_(largest).exp_().sum(1, keepdim=True)
+            logps[part] = (target - largest - total.log()).squeeze(1)
+            slope = z.div_(-total).scatter_add_(1, index, torch.ones_like(total))
+            rows[part] = slope.to(weight.dtype) @ weight  # (onehot - softmax) W
+        ctx.save_for_backward(rows)
         return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (N,)
-        if not ctx.head_trains:
-            (rows,) = ctx.saved_tensors
-            return rows * grad[:, None].to(rows.dtype), None, None, None, None, None
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for i in range(0, len(hidden), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
-            head = (weight, bias, targets[part], ctx.scale, ctx.softcap)
-            gradient = chunk_logps(hidden[part], *head, True)[1].mul_(grad[part, None])
-            if bias is not None:
-                grad_bias += gradient.sum(0)
-            gradient = gradient.to(weight.dtype)
-            grad_hidden[part] = gradient @ weight
-            grad_weight += gradient.T @ hidden[part]
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+        (rows,) = ctx.saved_tensors
+        return rows * grad[:, None].to(rows.dtype), None, None, None
 
 
-def output_head(model, temperature: float = 1.0):
-    """-> (weight (V, d), bias, scale, softcap) for `head_logits`, in the compute dtype. Logits
-    come out divided by temperature: cap / T * tanh(scale / T * x / (cap / T))."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1)  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    kind = head.weight.device.type  # autocast would cast the weight again for every chunk
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return head.weight.to(dtype), bias, scale / temperature, softcap and softcap / temperature
+def chunk_logps(hidden, weight, bias, targets, softcap):
+    """The same for a chunk, through autograd, with soft-capped logits where the model has them."""
+    z = F.linear(hidden, weight.to(hidden.dtype), bias).float()
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return -F.cross_entropy(z, targets, reduction="none")
+
+
+def linear_logps(hidden, weight, bias, targets, softcap=None):
+    """log p(targets) (N,) under softmax(head(hidden)), float32, without all logits.
+
+    hidden (N, d), weight (V, d), bias (V,) or None. If the head trains, the backward pass
+    computes each chunk's logits again, and the weight's gradient is summed in its own dtype.
+    """
+    if hidden.requires_grad and not weight.requires_grad and not softcap:
+        return FrozenHeadLogps.apply(hidden, weight.to(hidden.dtype), bias, targets)
+    size = max(1, LOGITS_AT_ONCE // len(weight))
+    chunks = zip(hidden.split(size), targets.split(size))
+    again = functools.partial(checkpoint, chunk_logps, use_reentrant=False)
+    return torch.cat([again(h, weight, bias, t, softcap) for h, t in chunks])
 
 
 def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inputs):
@@ -1171,9 +1140,16 @@ def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inp
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, target_index)  # (B, T, d) -> (N, d)
-    weight, bias, scale, softcap = output_head(model, temperature)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return LinearLogps.apply(hidden.to(weight.dtype), weight, bias, targets, scale, softcap)
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / temperature  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    softcap = softcap and softcap / temperature
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    hidden, bias = (x if x is None else (x * scale).to(dtype) for x in (hidden, head.bias))
+    with torch.autocast(kind, enabled=False):
+        return linear_logps(hidden, head.weight, bias, targets, softcap)
 
 
 # --------------------------------------------------------------------------------- 8. Saving
@@ -1189,35 +1165,34 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     layers = [name for name, m in model.named_modules() if isinstance(m, linear) and m is not head]
     if not layers:
         raise UserError(f"{type(model).__name__} has no nn.Linear layers (GPT-2's Conv1D is none)")
-    names = [name.strip() for name in targets.split(",")]
-    found = {
-        name: [layer for layer in layers if f".{layer}".endswith(f".{name}")] for name in names
-    }
-    if targets.strip() == "all-linear":
-        found = {targets: layers}
-    elif re.search(r"[*+?|()\[\]^$\\]", targets):
-        found = {targets: [layer for layer in layers if re.fullmatch(targets, layer)]}
-    if missing := [name for name in found if not found[name]]:
-        known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
-        raise UserError(f"{flag}: {missing[0]!r} matches no linear layer; there are {known}")
-    chosen = set().union(*found.values())
+    is_regex, chosen = re.search(r"[*+?|()\[\]^$\\]", targets), set()
+    for name in [targets] if is_regex else map(str.strip, targets.split(",")):
+        if is_regex:
+            found = [layer for layer in layers if re.fullmatch(name, layer)]
+        else:
+            found = [x for x in layers if name == "all-linear" or f".{x}".endswith(f".{name}")]
+        if not found:
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise UserError(f"{flag}: {name!r} matches no linear layer; there are {known}")
+        chosen.update(found)
     return [layer for layer in layers if layer in chosen], layers
 
 
-def add_adapter_flags(parser, prefix: str = "", rank: int = 16) -> None:
+def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
     zero = "; 0 trains every parameter" if prefix else ""
     add(f"--{prefix}rank", dest="rank", type=int, default=rank, help=f"rank of the update{zero}")
-    add(
-        f"--{prefix}alpha", dest="alpha", type=float, default=32.0, help="scales it by alpha / rank"
-    )
+    scale = "the update is scaled by alpha / rank"
+    add(f"--{prefix}alpha", dest="alpha", type=float, default=32.0, help=scale)
     add(f"--{prefix}dropout", dest="dropout", type=float, default=0.0, help="on the update's input")
     where = "layers to adapt: all-linear (but the head), q_proj,v_proj or a regular expression"
     add("--targets", default="all-linear", help=where)
     start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
     add("--adapter", metavar="FOLDER", help=start)
-    add("--shard", action="store_true", help="under torchrun, each rank has a part of the weights")
+    if shard:
+        part = "under torchrun, each rank has a part of the weights"
+        add("--shard", action="store_true", help=part)
     if not prefix:
         merge = "add --adapter to --model, save the merged model in --output, and exit"
         add("--merge-only", action="store_true", help=merge)
@@ -1239,22 +1214,27 @@ def add_adapter(model, args, layer, device) -> dict:
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for p in trained.values():
-        p.data = p.data.to(device)
-    odd = trained.keys() ^ tensors.keys() if args.adapter else ()
-    if odd or any(trained[name].shape != x.shape for name, x in tensors.items()):
-        raise UserError(f"--adapter {args.adapter} does not fit this model: {sorted(odd)[:1]}")
-    for name, tensor in tensors.items():
-        trained[name].data.copy_(tensor)
-    for p in trained.values() if RANKS > 1 else ():  # GPUs may differ in random numbers
-        dist.broadcast(p.data, 0)
-    total, count = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained.values()))
-    say(f"{count:,} of {total:,} parameters train ({count / total:.2%}), in {len(adapted)} layers")
+    fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     short = {name.rpartition(".")[2] for name in adapted}
     unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
     return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
             "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
+
+
+def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
+    """Give what trains the values of --adapter's tensors, and all ranks the same ones."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
+        odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["ranks"]
+        raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
+    for name, p in trained.items():
+        p.data = tensors.get(name, p.data).to(device, p.dtype)
+        if RANKS > 1:  # GPUs may differ in random numbers
+            dist.broadcast(p.data, 0)
+    sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters()]
+    total, count = sum(sizes), sum(p.numel() for p in trained.values())  # 4 bits: two in a byte
+    say(f"{count:,} of {total:,} parameters train ({count / total:.2%}), {where}")
 
 
 def whole(tensor):
@@ -1272,6 +1252,11 @@ def fingerprint(model) -> str:
     return hashlib.sha256(json.dumps(sizes).encode() + rows.numpy().tobytes()).hexdigest()[:32]
 
 
+# Parts of other tools' adapters that are not read.
+UNREAD = """fan_in_fan_out rank_pattern alpha_pattern modules_to_save bias lora_bias
+target_parameters trainable_token_indices layer_replication alora_invocation_tokens""".split()
+
+
 def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """-> (config, tensors by parameter name) of an adapter, ours or PEFT's. Refused if it was
     trained on another base, or has parts that these scripts do not train."""
@@ -1285,14 +1270,11 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
     if config.get("peft_type") not in peft_types:
         kinds = " or ".join(peft_types)
         raise UserError(f"--adapter {folder} is {config.get('peft_type')}, not {kinds}")
-    beyond = """use_dora fan_in_fan_out rank_pattern alpha_pattern modules_to_save target_parameters
-    trainable_token_indices layer_replication alora_invocation_tokens lora_bias""".split()
-    unknown = [key for key in beyond if config.get(key)]
-    unknown += ["bias"] if config.get("bias", "none") != "none" else []
+    unread = [key for key in UNREAD if config.get(key) not in (*EMPTY, False, "none")]
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
-        unknown.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
-    if unknown:
-        raise UserError(f"--adapter {folder} has {', '.join(unknown)}, unknown to this script")
+        unread.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
+    if unread:
+        raise UserError(f"--adapter {folder} has {unread[0]}, unknown to this script")
     if base is None:
         say(f"{folder} names no base fingerprint: assuming that it belongs to this model")
     elif base != fingerprint(model):
@@ -1309,11 +1291,11 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     metadata |= {"format": "pt", "base_fingerprint": fingerprint(model)}
     base = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-    config = config | {"base_model_name_or_path": base, "inference_mode": True}
+    config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, **config}
 
     def write(folder: Path) -> None:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
-        text = json.dumps({"task_type": "CAUSAL_LM"} | config, indent=2)
+        text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(folder)
 
@@ -1326,31 +1308,23 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     given, what trains is also saved alone, in trained.safetensors."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp.get_model_state_dict(model, options=options)
-    own = {
-        name for name, _ in [*model.named_parameters(), *model.named_buffers()]
-    }  # a tied head once
-    state = {
-        name: x.to(dtype) if x.is_floating_point() else x
-        for name, x in state.items()
-        if name in own
-    }
-    stop = stop_ids(model, tokenizer)
-    ids = {
-        "eos_token_id": stop if len(stop) > 1 else stop[0],
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    model.generation_config.update(**ids)
+    once = dict([*model.named_parameters(), *model.named_buffers()])  # without a tied head
+    state = {name: x for name, x in state.items() if name in once}
+    state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
+    config = model.generation_config
+    stop, config.pad_token_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
+    config.eos_token_id = stop if len(stop) > 1 else stop[0]
     try:
-        model.generation_config.validate(strict=True)
+        config.validate(strict=True)
     except ValueError:  # some bases set a temperature but forget do_sample
-        model.generation_config.do_sample = True
+        config.do_sample = True
 
     def write(folder: Path) -> None:
         with own_attention(model):  # other programs do not know ours
             model.save_pretrained(folder, state_dict=state)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
         tokenizer.save_pretrained(folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -1435,12 +1409,11 @@ def sum_gradients(model) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if lost := [name for name, p in trained.items() if p.grad is None]:
         raise UserError(f"{len(lost)} trainable parameters get no gradient, {lost[0]} first")
-    replicated = [p for p in trained.values() if not isinstance(p, DTensor)]
-    if RANKS > 1 and replicated:
-        flat = sum_over_ranks(torch.cat([p.grad.flatten() for p in replicated]))
-        parts = flat.split([p.numel() for p in replicated])
-        for p, gradient in zip(replicated, parts):
-            p.grad.copy_(gradient.view_as(p))
+    gradients = [p.grad for p in trained.values() if not isinstance(p, DTensor)]
+    if RANKS > 1 and gradients:
+        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
 
 
 def sum_over_ranks(tensor):
@@ -1464,12 +1437,11 @@ def stop_ids(model, tokenizer) -> list[int]:
     """Tokens that end an answer: the template's end of turn, the tokenizer's eos, the model's."""
     own = model.generation_config.eos_token_id
     stop = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, marks = tokenize(tokenizer, *render_answers(tokenizer, turns, None, [1])[0])
-        last = ids[np.flatnonzero(marks)[-1]]
-        if tokenizer.convert_ids_to_tokens(last) in special_tokens(tokenizer):
-            stop = [last, *stop]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, marks = tokenize(tokenizer, *render_answers(tokenizer, turns, None, [1])[0])
+    last = ids[np.flatnonzero(marks)[-1]]
+    if tokenizer.convert_ids_to_tokens(last) in special_tokens(tokenizer):
+        stop = [last, *stop]
     return [token for token in dict.fromkeys(stop) if token is not None]
 
 
@@ -1496,18 +1468,15 @@ class Log:
     READ_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits
 
     def __init__(self, args, run: dict, total: int, device):
-        """run: see `load_checkpoint`. total: steps of the whole run."""
+        """run: see `start_run`. total: steps of the whole run."""
         self.args, self.run, self.total, self.device = args, run, total, device
         self.path, self.unread, self.signal = Path(args.output) / "metrics.jsonl", [], 0
-        lines = []
         if RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():  # after --resume: without the lines past the checkpoint
-                lines = self.path.read_text("utf-8").splitlines()[: run["lines"]]
-            rewritten = self.path.with_suffix(".unfinished")
-            rewritten.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            replace(rewritten, self.path)
-        if not lines:
+            with open(self.path, "ab") as file:
+                # after --resume: no line past the checkpoint
+                file.truncate(min(run["metrics_size"], file.tell()))
+        if not run["metrics_size"]:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             self.write(run={"script": sys.argv[0], "args": vars(args), "ranks": RANKS} | versions)
         for kind in (signal.SIGINT, signal.SIGTERM):
@@ -1529,9 +1498,9 @@ class Log:
 
     def write(self, **entry) -> None:
         if RANK == 0:
-            self.run["lines"] += 1
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                self.run["metrics_size"] = file.tell()
 
     def step_done(self, examples: dict, loss, lr: float, grad_norm=None) -> None:
         """loss: this rank's part, a tensor; logged is the sum over ranks."""
@@ -1549,7 +1518,7 @@ class Log:
             return
         steps, tokens, rates, losses, norms = zip(*self.unread)
         losses = sum_over_ranks(torch.stack(losses)).tolist()
-        norms = torch.stack(norms).tolist()
+        norms, self.unread = torch.stack(norms).tolist(), []
         speed = (tokens[-1] - self.clock_tokens) / (time.perf_counter() - self.clock)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of the process
         if self.device.type == "cuda":
@@ -1557,9 +1526,10 @@ class Log:
         more = {"tokens_per_second": round(speed), "peak_memory_gib": round(memory / 2**30, 3)}
         for step, count, lr, loss, norm in zip(steps, tokens, rates, losses, norms):
             if not math.isfinite(loss + norm):
-                stop_not_finite(self.args, f"step {step}: loss {loss}, gradient norm {norm}")
+                last = (checkpoints(self.args) or ["none yet"])[-1]
+                problem = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
+                raise UserError(f"{problem}; last checkpoint: {last}. Try a lower --lr")
             self.write(step=step, loss=loss, grad_norm=norm or None, lr=lr, tokens=count, **more)
-        self.unread = []
         self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.clock, self.clock_tokens = time.perf_counter(), tokens[-1]
 
@@ -1581,20 +1551,14 @@ def checkpoints(args) -> list[Path]:
     return sorted(Path(args.output).glob("checkpoint/step-*.pt"))
 
 
-def stop_not_finite(args, what: str) -> None:
-    found = checkpoints(args)
-    last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    raise UserError(f"{what}: not finite; {last}. Try a lower --lr")
-
-
 def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
     """checkpoint/NAME.pt: whole tensors of what trains, so that any number of ranks can resume.
     Atomic: a run that is killed leaves the old file or the new one. step-N replaces older ones."""
     weights, states = dcp.get_state_dict(model, optimizers, options=SAVE)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
     weights = {key: x for key, x in weights.items() if key in trained}  # no frozen tied head
-    if not all(tensor.isfinite().all() for tensor in weights.values()):
-        stop_not_finite(args, f"step {run['step']}: weights")
+    if not all(x.isfinite().all() for x in weights.values()):
+        raise UserError(f"step {run['step']}: weights are not finite. Try a lower --lr")
     path = Path(args.output) / "checkpoint" / f"{name}.pt"
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1610,10 +1574,10 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
         dist.barrier()
 
 
-# Flags that may not differ after --resume: they change the examples of a step or its update.
-FIXED = """batch_size epochs max_steps max_length lr warmup_ratio weight_decay max_grad_norm seed
-dtype system template adapter rank alpha dropout targets optimizer step_in_backward pure_bfloat16
-l2_sp train loss_on neftune virtual_tokens init_text hidden encoder""".split()
+# Flags that may change with --resume: they change neither the examples of a step nor its update.
+FREE = """model data eval_data skip_bad_rows inspect output patience micro_batch_tokens no_packing
+gradient_checkpointing eval_every save_every samples resume overwrite demo merge_only shard
+offload""".split()
 
 
 def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
@@ -1642,11 +1606,11 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
 def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dict:
     """With --resume, continue from the newest checkpoint in --output.
 
-    -> run, which a checkpoint keeps: steps, tokens and lines of metrics.jsonl so far, best_loss
-    (held out) and best_step, and in `fixed` what may not differ after --resume.
+    -> run, which a checkpoint keeps: steps and tokens so far, the size of metrics.jsonl,
+    best_loss (held out) and best_step, and in `fixed` what may not differ after --resume.
     """
-    digests = np.asarray(train_set["digest"][:])[[n for step in steps for n in step]]
-    fixed = {f"--{key.replace('_', '-')}": x for key, x in vars(args).items() if key in FIXED}
+    digests = train_set["digest"][:][[n for numbers in steps for n in numbers]]
+    fixed = {f"--{key.replace('_', '-')}": x for key, x in vars(args).items() if key not in FREE}
     fixed["the training data"] = hashlib.sha256(digests.tobytes()).hexdigest()
     fixed["the base model"] = fingerprint(model)
     found = share([path.stem for path in checkpoints(args)])
@@ -1656,7 +1620,7 @@ def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dic
         return run
     if RANK == 0:
         shutil.rmtree(Path(args.output) / "checkpoint", ignore_errors=True)
-    zero = {"step": 0, "tokens": 0, "lines": 0}
+    zero = {"step": 0, "tokens": 0, "metrics_size": 0}
     return zero | {"best_loss": math.inf, "best_step": 0, "fixed": fixed}
 
 

@@ -1,230 +1,247 @@
-"""DoRA: split each frozen weight into magnitude and direction, train the magnitude, and the direction through LoRA.
+"""DoRA: split each frozen weight into magnitude and direction; train the magnitude, and the
+direction through LoRA.
 
-Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), equations 5 and 11:
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), equations 5
+and 11:
 
-    W' = m * V / ||V||       V = W0 + s B A        ||V|| is the norm of each output row, a constant for the gradient
-    y  = (m / ||V||) * (W0 x + s B A dropout(x)) + bias     what is computed: W' and V never exist
+    W' = m * V / ||V||,    V = W0 + s B A,    ||V|| the norm of each output row
+    y  = (m / ||V||) * (W0 x + s B A dropout(x)) + bias        computed without W' and V
 
-    W0  base.weight  (out, in)   frozen                        m  magnitude  (out,)      float32, starts at ||W0||
-    A   lora_A       (r, in)     float32, as in lora.py        B  lora_B     (out, r)    float32, zero
-    r   --rank, alpha  --alpha, s = alpha / r
+    W0  base.weight            (out, in)       frozen, in bfloat16 on a GPU
+    A   lora_A.weight          (r, in)         float32, as in lora.py;  s = alpha / r
+    B   lora_B.weight          (out, r)        float32, zero
+    m   lora_magnitude_vector  (out,)          float32, starts at ||W0||
 
-The norm without V, by (a + b)^2 = a^2 + 2 a b + b^2 on every row i:
+    ||V_i||^2 = ||W0_i||^2 + (2 s W0 A^T + s^2 B A A^T)_i . B_i       of every row i, without V
 
-    ||V_i||^2 = ||W0_i||^2 + 2 s (W0 A^T)_i . B_i + s^2 B_i (A A^T) . B_i
-
-W0 A^T is (out, r) and A A^T (r, r): as much work as sending r tokens through the layer, and no (out, in) tensor. ||W0||^2 is
-computed once.
+||W0|| is computed once; W0 A^T is as much work as r more tokens.
 
 Choices and departures from the paper
-  - ||V|| is detached from the graph (section 4.3 of the paper): the same forward pass, less memory, another gradient.
-  - The paper writes a norm for each column; its code, PEFT and this script take one for each output row: m is (out,).
-  - The bias is not scaled: it is no part of W.
-  - Dropout acts on A's input alone. PEFT's acts on the W0 x of its term (m / ||V|| - 1) W0 x as well: they differ where --dropout is not 0.
-  - Every linear layer is adapted but never the output head, and the rate is LoRA's. In PEFT's words: LoraConfig(use_dora=True).
+  - ||V|| is a constant for the gradient (section 4.3): less memory, and another gradient.
+  - The paper writes a norm of each column; its code, PEFT and this script take one of each
+    output row: m is (out,). The bias is not scaled: it is no part of W.
+  - Dropout acts on A's input alone; PEFT's also on the x of (m / ||V|| - 1) W0 x.
+  - Every linear layer but the output head is adapted.
 
 Questions people ask
-  What does it buy?      In the paper's analysis LoRA's changes of magnitude and of direction grow together, and full fine-tuning's
-                         do not; DoRA's are like the latter. Beside LoRA's parameters of the same rank it trains one more for
-                         each output row, m, and it is slower and larger: README, Results.
-  Is it free after merging?   Yes: --merge writes W' and the model is an ordinary one.
-  Why is m not 1?        It would make W' = V / ||V|| at the start, not W0.
+  What does it buy?   In the paper, LoRA's changes of magnitude and of direction grow together;
+                      those of full fine-tuning do not, and DoRA's are like them. It trains one
+                      more number for each output row, and is slower than LoRA.
+  Why is m not 1?     Then W' would start at V / ||V||, not at W0.
 
-Measured: 16 steps on GSM8K take SmolLM2-135M's held-out loss from 1.450 to 0.823, LoRA's to 0.822: no difference here. Speed and
-memory against PEFT's DoRA: README, Results.
+MEASURED
 
-    python dora.py                                                     # the bundled model learns a task, in a minute
-    python dora.py --model BASE --data train.jsonl --merge             # BASE: a folder or a Hugging Face Hub name
-    python dora.py --model BASE --adapter runs/dora --max-steps 0 --merge --output runs/merged    # merge an adapter, train nothing
+    python dora.py                                     # the bundled model learns a task
+    python dora.py --model BASE --data train.jsonl     # BASE: a folder or a Hub name
+    python dora.py --merge-only --model BASE --adapter runs/dora --output runs/merged
 """
 
 import math
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import common_before as common
-
-
-class ScaleRows(torch.autograd.Function):
-    """out = (m / ||V||) * y, in place on y (..., out). m and ||V|| (out,) float32.
-
-    d out / d m = y / ||V|| = out / m, so only out is kept for the backward pass, which the next operation often keeps anyway.
-    """
-
-    @staticmethod
-    def forward(ctx, y, magnitude, norm):
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(y.mul_(magnitude / norm), magnitude, norm)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        out, magnitude, norm = ctx.saved_tensors
-        products = (grad * out).flatten(0, -2).sum(0, dtype=torch.float32)
-        grad_magnitude = torch.where(magnitude == 0, 0, products / magnitude)  # a row that is zero stays zero
-        return (grad * (magnitude / norm)).to(grad.dtype), grad_magnitude, None
+import common
 
 
 class DoRALinear(nn.Module):
-    """A frozen nn.Linear whose rows train in magnitude, and in direction by a low-rank update. x (..., in) -> (..., out)."""
+    """A frozen nn.Linear whose rows train in magnitude, and in direction by a low-rank update.
+    x (..., in) -> (..., out)"""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        self.base, self.scaling = base.requires_grad_(False), alpha / rank
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        weight = base.weight
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.register_buffer("base_norm", row_norms(weight), persistent=False)  # ||W0||, (out,)
-        self.magnitude = nn.Parameter(self.base_norm.clone())  # m
+        self.base = base
+        kind = {"bias": False, "dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Linear(base.in_features, rank, **kind)  # starts as kaiming_uniform
+        self.lora_B = nn.Linear(rank, base.out_features, **kind)
+        nn.init.zeros_(self.lora_B.weight)
+        norm = torch.linalg.vector_norm(base.weight.detach(), dim=1, dtype=torch.float32)
+        self.register_buffer("base_norm", common.whole(norm), persistent=False)  # ||W0||
+        self.lora_magnitude_vector = nn.Parameter(self.base_norm.clone())  # m
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = alpha / rank
 
-    @torch.no_grad()  # ||V|| is a constant for the gradient
+    @torch.no_grad()  # a constant for the gradient
     def direction_norm(self) -> torch.Tensor:
-        """||V|| of every output row, (out,) float32, from ||W0||^2, W0 A^T and r x r products."""
-        A, B, s = self.lora_A, self.lora_B, self.scaling
-        cross = F.linear(self.base.weight, A.to(self.base.weight.dtype)).float() * B  # rows of W0 A^T times rows of B: (out, r)
-        square = (B @ (A @ A.T)) * B  # (out, r)
-        return (self.base_norm**2 + (2 * s * cross + s**2 * square).sum(1)).clamp(min=1e-12).sqrt()
+        """||V||, (out,) float32"""
+        W0, A, B, s = self.base.weight, self.lora_A.weight, self.lora_B.weight, self.scaling
+        cross = F.linear(W0, A.to(W0.dtype)).float()  # W0 A^T: (out, r)
+        both = torch.addmm(cross, B, A @ A.T, beta=2 * s, alpha=s**2)  # 2 s W0 A^T + s^2 B A A^T
+        square = self.base_norm**2 + (both * B).sum(1)
+        return square.clamp(min=1e-12).sqrt()  # a row of zeros must not divide by zero
 
     def forward(self, x):
         flat = x.flatten(0, -2)  # (N, in)
         y = F.linear(flat, self.base.weight)  # W0 x, without the bias: (N, out)
-        down = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # A x: (N, r)
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s B (A x), in place
-        y = ScaleRows.apply(y, self.magnitude, self.direction_norm())
+        down = F.linear(self.dropout(flat), self.lora_A.weight.to(x.dtype))  # A x: (N, r)
+        y.addmm_(down, self.lora_B.weight.to(x.dtype).T, alpha=self.scaling)  # + s B (A x)
+        y = ScaleRows.apply(y, self.lora_magnitude_vector, self.direction_norm())
         y = y if self.base.bias is None else y + self.base.bias
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with W' = m V / ||V|| for its weight, in float32 and rounded once."""
-        V = self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
-        self.base.weight.copy_((self.magnitude / row_norms(V).clamp(min=1e-6))[:, None] * V)  # clamped as in direction_norm
+        """The base layer with W' for its weight, in float32 and rounded once."""
+        V = self.base.weight.float() + self.scaling * self.lora_B.weight @ self.lora_A.weight
+        scale = self.lora_magnitude_vector / V.norm(dim=1).clamp(min=1e-6)
+        self.base.weight.copy_(scale[:, None] * V)
         return self.base
 
 
-def row_norms(weight) -> torch.Tensor:
-    """(out, in) -> (out,) float32."""
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32)
+class ScaleRows(torch.autograd.Function):
+    """y (N, out) -> (m / ||V||) * y, in place. The gradient of m is y / ||V|| = result / m, so
+    only the result is kept, which the next operation often keeps anyway; autograd would keep y."""
 
+    @staticmethod
+    def forward(ctx, y, m, norm):
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y.mul_(m / norm), m, norm)
+        return y
 
-def add_dora(model, targets: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Freeze the model and put a DoRALinear around every target (see `common.linear_layers`)."""
-    model.requires_grad_(False)
-    for name, layer in common.linear_layers(model, targets).items():
-        model.set_submodule(name, DoRALinear(layer, rank, alpha, dropout))
-
-
-def dora_layers(model) -> dict[str, DoRALinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DoRALinear)}
-
-
-def adapter_tensors(model) -> dict[str, nn.Parameter]:
-    """What is trained, under the names that PEFT gives it."""
-    tensors = {}
-    for name, layer in dora_layers(model).items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A  # (r, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B  # (out, r)
-        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = layer.magnitude  # (out,)
-    return tensors
+    @staticmethod
+    def backward(ctx, grad):
+        result, m, norm = ctx.saved_tensors
+        grad_m = (grad * result).sum(0, dtype=torch.float32) / m
+        grad_m = grad_m.where(m != 0, 0)  # a row of zeros stays zero
+        return (grad * (m / norm)).to(grad.dtype), grad_m, None
 
 
 def train(args) -> None:
     device, dtype = common.setup(args)
-    tokenizer, vocab_size = common.load_tokenizer(args)
-    corpus, evaluation = common.load_data(args, tokenizer, vocab_size, device)
+    tokenizer = common.load_tokenizer(args)
+    train_set, eval_set = common.load_data(args, tokenizer)
     if args.inspect:
-        return corpus.show(tokenizer)
-    common.check_shard(args)
-    model = common.load_model(args, dtype, torch.device("cpu") if args.shard else device)  # FSDP2 takes block after block to the GPU
-    if args.adapter:
-        load_dora(model, args)
-    else:
-        add_dora(model, args.targets, args.rank, args.alpha, args.dropout)
-    common.checkpoint_blocks(model, args)
-    if args.shard:
-        common.shard(model, dtype, device)
-    trainable, total = common.count_parameters(model)
-    common.say(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%}), in {len(dora_layers(model))} layers")
-
+        return common.inspect_examples(train_set, tokenizer)
+    model = common.load_model(args, dtype, device, shard=args.shard)
+    config = common.add_adapter(model, args, DoRALinear, device) | {"use_dora": True}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = common.decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    # --- copied from lora.py: training loop ---
-    run = common.Run(args, model, tokenizer, [optimizer], corpus, evaluation)
-    run.begin()
-    for epoch, micro_batches, tokens, num_targets in run.steps():  # epochs done after this step; the counts are of all ranks
-        lr = common.learning_rate(run.step, run.total_steps, args)
+    optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
+
+    # --- copied from lora.py: start of the run ---
+    steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
+    common.describe_run(train_set, steps, args, device, dtype)
+    run = common.start_run(args, model, optimizer, train_set, steps)
+    log = common.Log(args, run, len(steps), device)
+    shown, samples_before = eval_set or train_set, None
+    if run["step"] == 0:
+        samples_before = answer_samples(model, tokenizer, shown, args, device, log)
+        if eval_set:
+            log.evaluation(loss=held_out_loss(model, eval_set, args, device))
+    # --- end ---
+
+    # --- copied from lora.py: one step ---
+    for step in range(run["step"] + 1, len(steps) + 1):
+        common.seed_step(args, step)  # dropout
+        lr = common.learning_rate(step, len(steps), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        nll = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch_nll = -model.target_logps(**batch).sum()  # cross-entropy, summed over the batch's targets (common.py, section 7)
-            (batch_nll / num_targets).backward()  # of the whole step: a mean over its tokens, not a mean of means
-            nll += batch_nll.detach()
-        if run.step == 0:
-            common.check_gradients(model)
-        common.sum_gradients(parameters)  # over ranks, under torchrun
+        examples = train_set[steps[step - 1]]
+        num_targets = common.count_targets(examples)  # of all forward passes and ranks
+        loss = torch.zeros((), device=device)
+        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+            nll = -model.target_logps(**batch).sum()  # cross-entropy
+            (nll / num_targets).backward()  # a mean over the step's targets
+            loss += nll.detach() / num_targets
+        common.sum_gradients(model)  # over ranks
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        run.end_step(epoch, {"loss": nll}, tokens, num_targets, lr, grad_norm)
+        log.step_done(examples, loss, lr, grad_norm)
+        # --- end ---
+
+        # --- copied from lora.py: end of a step ---
+        if eval_set and (step % args.eval_every == 0 or step == len(steps)):
+            log.read()  # before the clock of an evaluation
+            eval_loss = held_out_loss(model, eval_set, args, device)
+            log.evaluation(loss=eval_loss)
+            if args.patience and eval_loss < run["best_loss"]:
+                run |= {"best_loss": eval_loss, "best_step": step}
+                common.save_checkpoint(args, "best", run, model, optimizer)
+            elif args.patience and step - run["best_step"] >= args.patience * args.eval_every:
+                break
+        signal = log.stopped()  # SIGINT or SIGTERM
+        if step % args.save_every == 0 or signal:
+            log.read()  # a loss that is not finite ends the run before it is saved
+            common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
+        if signal:
+            common.exit_stopped(step, signal)
     # --- end ---
 
-    run.show_samples()
-    save_dora(args, model, tokenizer)
-    if args.merge:
-        merge_dora(model)
-        common.save_model(Path(args.output) / "merged", model, tokenizer)
-    run.finish()
-    common.say_how_to_use(args, script="dora.py")
+    # --- copied from lora.py: end of the run ---
+    log.bar.close()
+    if args.patience and run["best_step"] < run["step"]:
+        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
+    samples = answer_samples(model, tokenizer, shown, args, device, log)
+    print_samples(samples_before, samples)
+    # --- end ---
+    common.save_adapter(args, model, tokenizer, config)
+    log.done()
 
 
-def save_dora(args, model, tokenizer) -> None:
-    """The adapter in PEFT's form."""
-    config = {
-        "peft_type": "LORA", "r": args.rank, "lora_alpha": args.alpha, "use_rslora": False, "lora_dropout": args.dropout,
-        "target_modules": common.short_names(model, list(dora_layers(model))), "bias": "none",
-        "use_dora": True, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-    }  # fmt: skip
-    common.save_adapter(args, model, tokenizer, config, adapter_tensors(model))
+# --- copied from lora.py: held-out loss and samples ---
+def held_out_loss(model, eval_set, args, device) -> float:
+    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    with common.evaluating(model):
+        for first in range(0, len(eval_set), 256):
+            for batch in common.micro_batches(eval_set[first : first + 256], args, device):
+                nll -= model.target_logps(**batch).sum()
+    return common.sum_over_ranks(nll).item() / common.count_targets(eval_set[:])
 
 
-def load_dora(model, args) -> None:
-    """Put the adapter of --adapter on the model, with its own rank, alpha and layers."""
-    config, tensors = common.load_adapter(args.adapter, model, "LORA", trains="use_dora")
-    if not config.get("use_dora"):
-        raise common.UserError(f"--adapter {args.adapter} is LoRA without magnitudes: lora.py trains it")
-    args.rank, args.alpha = config["r"], config["lora_alpha"]
-    names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
-    add_dora(model, ",".join(names), args.rank, args.alpha, args.dropout)
-    common.fill_adapter(adapter_tensors(model), tensors, args.adapter)
+def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
+    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
+    text is continued from its middle. Logs how many answers are exactly the data's."""
+    rows = [examples[n] for n in range(min(args.samples, len(examples)))]
+    edges = [np.flatnonzero(np.diff(row["is_target"].astype(int)) == 1) + 1 for row in rows]
+    starts = [
+        e[-1] if len(e) and e[-1] > 1 else len(r["input_ids"]) // 2 for e, r in zip(edges, rows)
+    ]
+    prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
+    data = [row["input_ids"][start:] for row, start in zip(rows, starts)]
+    answers = []
+    for first in range(0, len(prompts), 32):
+        answers += common.generate(model, tokenizer, prompts[first : first + 32], device)
+    prompts, data = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (prompts, data))
+    if rows:
+        exact = [answer.strip() == right.strip() for answer, right in zip(answers, data)]
+        log.evaluation(exact_match=sum(exact) / len(exact))
+    return list(zip(prompts, answers, data))
 
 
-def merge_dora(model) -> None:
-    for name, layer in dora_layers(model).items():
-        model.set_submodule(name, layer.merged())
+def print_samples(before, after) -> None:
+    """before: None after --resume."""
+    for n, (prompt, answer, data) in enumerate(after[:3]):
+        texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
+        texts |= {"after": answer, "data": data}
+        common.say("\n" + "\n".join(f"--- {key} ---\n{x.strip()}" for key, x in texts.items()))
+
+
+# --- end ---
+
+
+def merge(args) -> None:
+    """--merge-only: the base with W' for its adapted weights, in the base's dtype."""
+    device, _ = common.setup(args)
+    tokenizer = common.load_tokenizer(args)
+    model = common.load_model(args, "auto", device)
+    common.add_adapter(model, args, DoRALinear, device)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, DoRALinear):
+            model.set_submodule(name, layer.merged())
+    common.save_model(args, model, tokenizer, model.dtype)
 
 
 def main(argv=None) -> None:
-    # without --compile: torch.compile loses the magnitude's gradient behind ScaleRows, which works in place
-    parser = common.make_parser(__doc__, without=("--compile",), demo={"lr": 3e-3}, output="runs/dora", lr=2e-4)
-    add = parser.add_argument_group("DoRA").add_argument
-    add("--rank", type=common.number(int, 1), default=16, help="r, the rank of the update: how much it can change")
-    add("--alpha", type=common.number(float, 0), default=32, help="the update is scaled by alpha / rank")
-    add("--dropout", type=common.number(float, 0, 1), default=0.0, help="dropout on the update's input")
-    add("--targets", default="all-linear", help="layers that DoRA adapts: all-linear (all but the output head), or names such as q_proj,v_proj")
-    add("--adapter", metavar="FOLDER", help="continue from this DoRA adapter, ours or PEFT's; its rank, alpha and targets are used")
-    parser.adapter_brings = ("--rank", "--alpha", "--targets")
-    add("--shard", action="store_true", help="under torchrun: each rank keeps only its part of the frozen weights (FSDP2)")
-    add("--merge", action="store_true", help="also write the merged model to --output/merged")
-    train(parser.parse_args(argv))
+    parser = common.make_parser(__doc__, output="runs/dora", lr=2e-4)
+    common.add_adapter_flags(parser)
+    args = common.parse_args(parser, argv, demo={"lr": 8e-3})
+    merge(args) if args.merge_only else train(args)
 
 
 if __name__ == "__main__":
-    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --batch-size with more --grad-accum; a shorter --max-length")
+    common.launch(main, out_of_memory="--gradient-checkpointing; a smaller --micro-batch-tokens; "
+                  "a shorter --max-length; qlora.py")  # fmt: skip

@@ -28,12 +28,12 @@ Choices and departures from the paper
 Questions people ask
   Why an MLP?         It ties layers and positions together, which the paper found more stable.
                       Only the prefix is saved (LLaMA-7B: 5.2 million numbers; MLP 137 million).
-  Are zeros no-ops?   No: a key of 0 has score 0, and takes its share of every softmax.
   Prefix or prompt?   prompt_tuning.py trains vectors before the first layer: fewer and slower.
   What does it cost?  P more keys for each query, also at inference: nothing can be merged.
 
 Measured: `python prefix_tuning.py` answers 0 of 100 held-out prompts exactly before, and 100, 100
-and 99 after (--seed 0, 1, 2), in 34 s of processor time (two CPU cores, torch 2.13, 2026-11-26).
+and 99 after (--seed 0, 1, 2), in 34 s of processor time. SmolLM2-135M, 8 rows of GSM8K: 219 tokens/s
+packed, 168 padded, 147 in PEFT (CPU time on busy cores). Two CPU cores, torch 2.13, 2026-11-26.
 
     python prefix_tuning.py                                  # the bundled model learns a task
     python prefix_tuning.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
@@ -53,8 +53,7 @@ import common
 
 
 class Prefix(nn.Module):
-    """Keys and values of P positions in L layers. start: (P, 2 L, heads, head_dim) float32, key
-    and value of each layer in turn. hidden 0: no MLP, start itself trains."""
+    """start: (P, 2 L, heads, head_dim) float32, the key and value of each layer in turn."""
 
     def __init__(self, start: torch.Tensor, embedding_size: int, hidden: int):
         super().__init__()

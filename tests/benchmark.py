@@ -53,7 +53,8 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 PREFERENCES = ("dpo", "orpo", "reward")
 METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
-NEW = ("lora", "full", "sft")  # scripts that use common.py; the others use common_before.py
+# scripts that use common.py; the others use common_before.py
+NEW = ("lora", "dora", "qlora", "full", "sft")
 PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 

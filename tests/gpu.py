@@ -33,7 +33,7 @@ full_ft.py --optimizer paged_adamw8bit --gradient-checkpointing
 lora.py
 lora.py --no-packing
 lora.py --gradient-checkpointing
-qlora.py --merge
+qlora.py
 dora.py
 adapter.py
 prefix_tuning.py
@@ -100,7 +100,8 @@ def checks(options, left) -> None:
         output, started = Path(folder) / re.sub(r"\W", "_", f"{command}{more}"), time.monotonic()
         flags += ["--output", str(output), "--samples", "0"]
         flags += ["--max-steps", "3" if script == "ppo.py" else "20"]
-        if script not in [f"{benchmark.script_of(method)}.py" for method in benchmark.NEW]:
+        new = [f"{benchmark.script_of(method)}.py" for method in benchmark.NEW]
+        if script not in (*new, "adapter.py", "prefix_tuning.py", "prompt_tuning.py"):
             flags += ["--log-every", "1"]
         options = {"env": os.environ | more, "capture_output": True, "text": True}
         command = [sys.executable, str(ROOT / script), *flags]
@@ -202,8 +203,7 @@ def speed(options, left) -> None:
           " ratio |\n|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
     cases, results = [], {}
     for method, recompute in SPEED:
-        flags = "--optimizer adamw" if method == "qlora" else ""
-        args = settings(options, method, None, 2048, recompute=recompute, flags=flags)
+        args = settings(options, method, None, 2048, recompute=recompute)
         cases.append((f"| {method}{', recomputing' * recompute}", args))
     for name, args, folder in in_time(cases, left, 120):
         ours, theirs = results[args.method, args.recompute] = [

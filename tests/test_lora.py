@@ -335,7 +335,6 @@ def test_training_continues_from_our_adapter(train, capsys):
 
 CHANGES = {
     "another kind": ({"peft_type": "IA3"}, "is IA3, not LORA"),
-    "DoRA": ({"use_dora": True}, "use_dora"),
     "biases": ({"bias": "all"}, "bias"),
     "more modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "ranks": ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),

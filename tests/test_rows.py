@@ -572,7 +572,7 @@ def test_a_pretty_printed_object_is_refused_with_a_hint(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"text": "a"}, indent=1))
     message = refused(tmp_path, path)
-    assert f"{path}: row 1: " in message and "a JSON list, or one object per line" in message
+    assert f"{path}:1: " in message and "a JSON list, or one object per line" in message
 
 
 def test_a_bad_row_of_a_folder_is_named_with_its_file(tmp_path):
@@ -616,7 +616,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def dropped(capsys) -> tuple[int, ...]:
     """What a run says of its rows: examples, cut, without a target, bad."""
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "without a target" in x]
-    numbers = re.findall(r"\b\d[\d,]*", line.split(": ", 1)[1])
+    numbers = re.findall(r"\b\d[\d,]*", line)
     return tuple(int(number.replace(",", "")) for number in numbers)
 
 
@@ -629,7 +629,7 @@ def mixed(count: int = 20, **fields) -> list[dict]:
 def test_several_bad_rows_are_counted_and_the_first_five_shown_in_order(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", mixed())
     first, *lines = refused(tmp_path, path).splitlines()
-    assert first.startswith(f"6 rows of {path} ") and "--skip-bad-rows" in first
+    assert first.startswith("6 rows ") and "--skip-bad-rows" in first
     assert [line.split(": ")[0] for line in lines] == [f"{path}:{n}" for n in (3, 6, 9, 12, 15)]
     assert [re.search(r"'text' is (\d+)", line)[1] for line in lines] == ["2", "5", "8", "11", "14"]
 
@@ -690,9 +690,7 @@ def test_the_weight_behind_a_path_is_how_often_its_rows_come(tmp_path, tokenizer
     assert repeats([f"{b}:1.0"], tokenizer, "--epochs", 1)[0].total() == 6
 
 
-@pytest.mark.parametrize(
-    "weight", ["0", "-1", "nan", "inf", "two", "1e999", "-inf", "1.2.3", ".", ""]
-)
+@pytest.mark.parametrize("weight", ["-1", "nan", "inf", "two", "1e999", "-inf", "1.2.3", ".", ""])
 def test_a_bad_weight_is_refused_with_the_argument(weight, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}]) + ":" + weight
     message = refused(tmp_path, data)
@@ -759,41 +757,3 @@ def test_settings_that_change_the_tokens_are_never_served_from_the_cache(tmp_pat
              ("--template", "alpaca"), ("--template", other)]  # fmt: skip
     found = [tuple(texts(load(path, *chosen)[0], tokenizer)) for chosen in flags for _ in (1, 2)]
     assert found[::2] == found[1::2] and len(set(found)) == len(flags)
-
-
-# ----------------------------------------------------------------------------- large files
-
-PADDING = "x" * 60_000  # in a field that no row uses: large files in little time
-
-
-def as_set(table) -> set:
-    return {(tuple(row["input_ids"]), tuple(row["is_target"]), row["prompt"]) for row in table}
-
-
-def test_a_large_file_gives_the_same_examples_in_an_order_of_its_own(tmp_path, monkeypatch):
-    """A file above 10 MB is read by several processes: their number may not change the order."""
-    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "id": PADDING} for n in range(200)]
-    large = write_rows(tmp_path / "large.jsonl", rows)
-    small = write_rows(tmp_path / "small.jsonl", [row | {"id": ""} for row in rows])
-    assert Path(large).stat().st_size > 10**7 > Path(small).stat().st_size
-    orders = []
-    for count in (1, 2, 3):
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / f"cache{count}")
-        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
-        table = load(large)[0]
-        orders.append(table["digest"][:].tolist())
-        assert len(table) == 200 and as_set(table) == as_set(load(small)[0])
-    assert orders[0] == orders[1] == orders[2]
-
-
-def test_bad_rows_of_a_large_file_are_counted(tmp_path, capsys):
-    path = write_rows(tmp_path / "rows.jsonl", mixed(200, id=PADDING))
-    message = refused(tmp_path, path)
-    assert message.startswith(f"66 rows of {path} ") and len(message.splitlines()) == 6
-    for line in message.splitlines()[1:]:
-        number, text = re.fullmatch(
-            r".*rows\.jsonl:(\d+): field 'text' is (\d+), .*", line
-        ).groups()
-        assert int(number) == int(text) + 1
-    assert len(load(path, "--skip-bad-rows")[0]) == 134
-    assert dropped(capsys) == (134, 0, 0, 66)

@@ -33,6 +33,12 @@ RUNS = {
     "prompt_tuning": ("prompt_tuning", [*LORA, "--virtual-tokens", "5"]),
     "prompt_tuning --encoder": ("prompt_tuning", [*LORA, "--encoder", "lstm", "--hidden", "8"]),
     "sft": ("sft", [*FULL, "--loss-on", "all", "--samples", "2"]),
+    "qlora": ("qlora", LORA),
+    "dora": ("dora", LORA),
+    "dora --shard": ("dora", [*LORA, "--shard"]),
+    "dora --adapter --shard": ("dora", [*LORA, "--adapter", "DORA", "--shard"]),
+    "adapter": ("adapter", LORA),
+    "adapter --adapter": ("adapter", [*LORA, "--adapter", "ADAPTER"]),
     "sft --lora-rank --shard": ("sft", [*LORA, "--lora-rank", "4", "--shard"]),
 }
 RESUMED = {"lora": LORA, "full_ft": FULL}
@@ -50,7 +56,8 @@ def two(tmp_path_factory, random_model):
     untied.lm_head.weight = torch.nn.Parameter(head + 0.02 * torch.randn(head.shape))
     untied.save_pretrained(folder / "untied")
     transformers.AutoTokenizer.from_pretrained(random_model).save_pretrained(folder / "untied")
-    names = {"START": str(folder / "start"), "UNTIED": str(folder / "untied"), "ONE ROW": row}
+    names = {script.upper(): str(folder / script) for script in ("dora", "adapter")}
+    names |= {"START": str(folder / "start"), "UNTIED": str(folder / "untied"), "ONE ROW": row}
 
     def flags(output: str, more: list[str]) -> list[str]:
         shared = ["--model", random_model, "--data", data, "--output", str(folder / output)]
@@ -59,6 +66,8 @@ def two(tmp_path_factory, random_model):
         return shared + [names.get(flag, flag) for flag in more]
 
     run("lora", flags("start", ["--lr", "0.01", "--rank", "4"]))
+    run("dora", flags("dora", ["--lr", "0.01", "--rank", "4"]))
+    run("adapter", flags("adapter", ["--lr", "0.01"]))
     runs = [(script, flags(f"{name}, two", more)) for name, (script, more) in RUNS.items()]
     for script, more in RESUMED.items():
         runs.append((script, flags(f"{script}, two to one", more), 2))

@@ -17,7 +17,8 @@ import common  # noqa: E402
 def run(script: str, flags: list[str], stop: int = 0) -> int:
     """-> how often this process has read weights. stop: the step in which the last rank, and it
     alone, gets a SIGTERM."""
-    rate, read, reads = common.learning_rate, transformers.PreTrainedModel.from_pretrained, []
+    rate, read = common.learning_rate, vars(transformers.PreTrainedModel)["from_pretrained"]
+    reads = []
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
     def learning_rate(step, *others):
