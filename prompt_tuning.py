@@ -27,11 +27,10 @@ Choices and departures from the papers
 
 Questions people ask
   Is step 0 the base?  No: it is the base that reads P more tokens first.
-  Why so high a rate?  AdamW moves each parameter by about the rate in a step, and P is all that can
-                       move. An encoder has more to move: --lr 1e-3.
+  Why so high a rate?  AdamW moves each number by about the rate, and only P can move. --lr 1e-3
+                       for an encoder.
   Why an encoder?      It ties the vectors together. Only its result is saved.
-  What does it cost?   P more positions in every pass. The base stays whole and serves many prompts
-                       in one batch. Nothing can be merged.
+  What does it cost?   P more positions in every pass: nothing can be merged.
 
 Measured: `python prompt_tuning.py` answers 0 of 100 held-out prompts exactly before, and 1, 2 and 0
 after (--seed 0, 1, 2; --encoder lstm or mlp --lr 3e-3: 0), on two CPU cores (torch 2.13,
