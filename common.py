@@ -865,8 +865,8 @@ def load_model(
     if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
         for name in find_targets(model, "all-linear")[0]:
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
-        model.to(device) if RANK == 0 else None
     if RANK == 0:
+        model.to("cpu" if shard else device)
         check_model(model, args, exact=dtype == torch.float32)
     if shard:
         shard_model(model, dtype, device, offload)
