@@ -536,6 +536,7 @@ def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | Non
     """-> (training examples, held-out examples or None), with the columns of EXAMPLE."""
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 10**9
+    longest -= getattr(args, "virtual_tokens", 0)  # they take positions
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
@@ -651,8 +652,8 @@ class Stretches(NamedTuple):
     """The stretches of a packed sequence: consecutive tokens that see each other causally, and
     besides them a whole earlier stretch or none. A document reads none, an answer its prompt."""
 
-    lengths: list[int]
-    reads: list[int | None]  # the earlier stretch that each one reads
+    lengths: list[int]  # queries
+    key_lengths: list[int]  # keys: its own tokens and those that it reads
     query_ends: torch.Tensor  # (S + 1,) int32: 0 and the cumulative lengths
     key_ends: torch.Tensor  # (S + 1,) int32: the same, of each stretch with what it reads
     key_index: torch.Tensor | None  # (K,) the keys of each stretch; None if none reads another
@@ -701,11 +702,12 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
     batch = {key: to_tensor(x) for key, x in batch.items()}
     own = np.split(np.arange(len(ids)), ends[:-1])
     keys = [k if r is None else np.concatenate([own[r], k]) for k, r in zip(own, reads)]
-    key_ends = np.cumsum([0, *map(len, keys)], dtype=np.int32)
+    key_lengths = list(map(len, keys))
+    key_ends = np.cumsum([0, *key_lengths], dtype=np.int32)
     index = to_tensor(np.concatenate(keys)) if any(r is not None for r in reads) else None
     bounds = to_tensor(np.array([0, *ends], dtype=np.int32)), to_tensor(key_ends)
-    longest = max(lengths), max(map(len, keys))
-    return batch | {"stretches": Stretches(lengths, reads, *bounds, index, longest)}
+    longest = max(lengths), max(key_lengths)
+    return batch | {"stretches": Stretches(lengths, key_lengths, *bounds, index, longest)}
 
 
 def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None:
@@ -991,12 +993,13 @@ def check_model(model, args, exact: bool) -> None:
 
 def stretch_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
-    stretches=None, **others,
+    stretches=None, prefix=None, **others,
 ):  # fmt: skip
     """Causal attention inside every stretch of a packed sequence, and to the stretch it reads.
 
     A transformers attention function. query (1, H, T, head_dim), key and value (1, H_kv, T,
-    head_dim), stretches: Stretches -> (1, T, H, head_dim), None. No (T, T) mask exists.
+    head_dim), stretches: Stretches -> (1, T, H, head_dim), None. No (T, T) mask exists. prefix: a
+    (key, value) of P positions for each layer, put before the sequence's, where key_index counts.
     Raises on what it does not know (soft-capping, sinks), and without stretches: padded examples
     and generation need `own_attention`.
     """
@@ -1008,6 +1011,8 @@ def stretch_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embedding made float32 of them
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
+    if prefix is not None:
+        key, value = (torch.cat(x, dim=2) for x in zip(prefix[module.layer_idx], (key, value)))
     head_dim, (longest_query, longest_key) = query.shape[-1], stretches.longest
     window = sliding_window if sliding_window and sliding_window < longest_key else None
     flash = query.is_cuda and query.dtype != torch.float32 and not dropout
@@ -1021,12 +1026,12 @@ def stretch_attention(
         return varlen_kernel()(q, k, v, *bounds, scale=scaling, window_size=side)[None], None
 
     out = []
-    queries, keys, values = (x.split(stretches.lengths, dim=2) for x in (query, key, value))
-    for q, k, v, read in zip(queries, keys, values, stretches.reads):
-        if read is not None:
-            k, v = torch.cat([keys[read], k], dim=2), torch.cat([values[read], v], dim=2)
+    if stretches.key_index is not None:
+        key, value = (x.index_select(2, stretches.key_index) for x in (key, value))
+    keys, values = (x.split(stretches.key_lengths, dim=2) for x in (key, value))
+    for q, k, v in zip(query.split(stretches.lengths, dim=2), keys, values):
         mask = None
-        if window or read is not None:
+        if window or k.shape[2] > q.shape[2]:
             behind = k.shape[2] - q.shape[2]  # causal from the bottom right
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(behind).triu(behind + 1 - window if window else -q.shape[2])
@@ -1252,7 +1257,7 @@ UNREAD = """fan_in_fan_out rank_pattern alpha_pattern modules_to_save bias lora_
 target_parameters trainable_token_indices layer_replication alora_invocation_tokens""".split()
 
 
-def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """-> (config, tensors by parameter name) of an adapter, ours or PEFT's. Refused if it was
     trained on another base, or has parts that these scripts do not train."""
     try:
@@ -1262,8 +1267,9 @@ def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, to
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"--adapter {folder} cannot be read: {error}") from error
-    if config.get("peft_type") != peft_type:
-        raise UserError(f"--adapter {folder} is {config.get('peft_type')}, not {peft_type}")
+    if config.get("peft_type") not in peft_types:
+        kinds = " or ".join(peft_types)
+        raise UserError(f"--adapter {folder} is {config.get('peft_type')}, not {kinds}")
     unread = [key for key in UNREAD if config.get(key) not in (*EMPTY, False, "none")]
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
         unread.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
@@ -1277,10 +1283,12 @@ def load_adapter(folder: str, model, peft_type: str) -> tuple[dict, dict[str, to
     return config, {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
 
 
-def save_adapter(args, model, tokenizer, config: dict, **metadata: str) -> None:
-    """What trains as an adapter folder in PEFT's form. config: fields of its config."""
+def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
+    """What trains, or tensors by name, as an adapter folder in PEFT's form. config: fields of its
+    config."""
     trained = {name: whole(p.data) for name, p in model.named_parameters() if p.requires_grad}
-    tensors = {f"base_model.model.{name}": p.cpu().contiguous() for name, p in trained.items()}
+    tensors = tensors or {f"base_model.model.{name}": p for name, p in trained.items()}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     metadata |= {"format": "pt", "base_fingerprint": fingerprint(model)}
     base = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, **config}
@@ -1295,8 +1303,9 @@ def save_adapter(args, model, tokenizer, config: dict, **metadata: str) -> None:
     say(f"the adapter is in {args.output}")
 
 
-def save_model(args, model, tokenizer, dtype: torch.dtype) -> None:
-    """A Hugging Face folder with weights in dtype, gathered on rank 0."""
+def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = None) -> None:
+    """A Hugging Face folder with weights in dtype, gathered on rank 0. base: its fingerprint; if
+    given, what trains is also saved alone, in trained.safetensors."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp.get_model_state_dict(model, options=options)
     once = dict([*model.named_parameters(), *model.named_buffers()])  # without a tied head
@@ -1317,6 +1326,10 @@ def save_model(args, model, tokenizer, dtype: torch.dtype) -> None:
         text["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
         tokenizer.save_pretrained(folder)
+        if base:
+            names = [name for name, p in model.named_parameters() if p.requires_grad]
+            trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
+            safetensors.torch.save_file(trained, folder / "trained.safetensors", metadata)
 
     write_result(Path(args.output), write)
     say(f"the model is in {args.output}")
@@ -1324,7 +1337,8 @@ def save_model(args, model, tokenizer, dtype: torch.dtype) -> None:
 
 def results_in(folder: Path) -> list[Path]:
     """Files that make a folder a model or an adapter to other programs."""
-    patterns = "adapter_* config.json generation_config.json model*.safetensors* *.jinja".split()
+    patterns = """adapter_* config.json generation_config.json model*.safetensors*
+    trained.safetensors *.jinja""".split()
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 

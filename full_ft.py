@@ -26,6 +26,11 @@ which precision (bytes per parameter):
     Indented rows add their flag to the mode above. On CUDA the masters' bfloat16 copies take 2
     more between forward and backward. --l2-sp adds the start w0: 4 (2 with --pure-bfloat16).
 
+--train PATTERN trains only the parameters in whose names a regular expression is found: selective
+methods, such as BitFit (Ben Zaken et al. 2021, arXiv 2106.10199), --train bias, of models that
+have biases. What does not train has no gradient, m or v, and stays in the dtype of the forward
+pass (but float32 under FSDP2).
+
 Choices and departures from the papers
   - Weights are float32 "masters": the forward pass computes in bfloat16 on a GPU, updates are
     added in float32.
@@ -40,7 +45,8 @@ Questions people ask
   Sum or mean?       The loss is the mean over all target tokens of an optimizer step, over all
                      forward passes and GPUs.
   What is saved?     The weights in the dtype of the forward pass (bfloat16 on a GPU). float32
-                     masters are in checkpoint/ only.
+                     masters are in checkpoint/ only. With --train, trained.safetensors has the
+                     changed weights alone: model.load_state_dict(..., strict=False) adds them.
   Which rate?        1e-5 to 5e-5 for pretrained models; LoRA takes ten times that.
 
 Measured: `python full_ft.py` answers 0 of 100 held-out prompts exactly before, and 100 after, in
@@ -52,12 +58,25 @@ Measured: `python full_ft.py` answers 0 of 100 held-out prompts exactly before, 
 """
 
 import math
+import re
 
 import numpy as np
 import torch
 from torch import nn
 
 import common
+
+
+def freeze_others(model, pattern: str, dtype: torch.dtype, sharded: bool) -> None:
+    """Only parameters with the pattern in their names train. The others need no masters."""
+    parameters = dict(model.named_parameters())
+    if not any(re.search(pattern, name) for name in parameters):
+        kinds = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in parameters}))
+        raise common.UserError(f"--train {pattern}: in no parameter's name; there are {kinds}")
+    for name, p in parameters.items():
+        p.requires_grad_(re.search(pattern, name) is not None)
+        if not (p.requires_grad or sharded):
+            p.data = p.data.to(dtype)
 
 
 def make_optimizer(parameters, args):
@@ -108,7 +127,9 @@ def train(args) -> None:
         check_one_pass(train_set, common.plan_steps(train_set, args), args)
     dtype, masters = (torch.bfloat16,) * 2 if args.pure_bfloat16 else (dtype, torch.float32)
     model = common.load_model(args, dtype, device, masters, shard=sharded, offload=args.offload)
-    names, parameters = zip(*model.named_parameters())
+    if args.train:
+        freeze_others(model, args.train, dtype, sharded)
+    names, parameters = zip(*[x for x in model.named_parameters() if x[1].requires_grad])
     start = [p.detach().clone() for p in parameters] if args.l2_sp else []  # w0
     if args.step_in_backward:
         optimizer = step_in_backward(parameters, start, args)  # a list
@@ -177,7 +198,7 @@ def train(args) -> None:
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
     # --- end ---
-    common.save_model(args, model, tokenizer, dtype)
+    common.save_model(args, model, tokenizer, dtype, args.train and run["fixed"]["the base model"])
     log.done()
 
 
@@ -248,6 +269,7 @@ def check_one_pass(train_set, steps: list[list[int]], args) -> None:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/full_ft", lr=1e-5)
     add = parser.add_argument_group("full fine-tuning").add_argument
+    add("--train", metavar="PATTERN", help="parameters whose names have this regular expression")
     kinds = ["adamw", "adamw8bit", "paged_adamw8bit"]
     add("--optimizer", choices=kinds, default="adamw", help="8-bit ones are bitsandbytes'")
     early = "each parameter steps in the backward pass and frees its gradient"

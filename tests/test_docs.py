@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT / "tests" / "before"))
 from before import parse_args as parse_args_before  # noqa: E402  before.py replaces it
 
 # scripts that use common.py; the others use common_before.py
-NEW = ["lora", "full_ft", "sft", "qlora", "dora", "adapter"]
+NEW = ["lora", "full_ft", "sft", "qlora", "dora", "adapter", "prefix_tuning", "prompt_tuning"]
 PREFERENCES = ["reward_model", "dpo", "orpo"]
-SCRIPTS = [*NEW, "prefix_tuning", "prompt_tuning", *PREFERENCES, "ppo"]
+SCRIPTS = [*NEW, *PREFERENCES, "ppo"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 DOC = {

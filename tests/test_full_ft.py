@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, read_metrics, write_rows
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import common
@@ -239,6 +240,77 @@ def test_modes_that_exclude_each_other_are_refused(more, match, train, tmp_path)
     with pytest.raises(common.UserError, match=match):
         train("run", *more)
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------- --train
+
+
+@pytest.fixture
+def with_biases(tmp_path):
+    """A folder with a small random Qwen2: biases of queries, keys and values."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
+    config = transformers.Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=257)
+    torch.manual_seed(0)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen2")
+    transformers.AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "qwen2")
+    return tmp_path / "qwen2"
+
+
+@pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"], IN_BACKWARD, OFFLOAD])
+def test_bitfit_trains_the_biases_alone(more, train, with_biases, tmp_path):
+    """What matches moves, nothing else does, and the file of what trained has exactly that: on
+    the base it gives the result."""
+    flags = ["--train", "bias$", "--max-steps", 3, "--l2-sp", 0.1, *more]
+    ours = train("run", *flags, model=with_biases)
+    base = load_file(with_biases / "model.safetensors")
+    base = {name: x.to(ours[name].dtype) for name, x in base.items()}
+    changed = {name for name in ours if not torch.equal(ours[name], base[name])}
+    assert changed == {name for name in base if name.endswith("bias")} and len(changed) == 6
+    alone = load_file(tmp_path / "run" / "trained.safetensors")
+    assert alone.keys() == changed and all(torch.equal(alone[n], ours[n]) for n in changed)
+    model = transformers.AutoModelForCausalLM.from_pretrained(with_biases, dtype=torch.float32)
+    with safe_open(tmp_path / "run" / "trained.safetensors", "pt") as file:
+        assert file.metadata()["base_fingerprint"] == common.fingerprint(model)
+    assert not model.load_state_dict(alone, strict=False).unexpected_keys
+    if more in (IN_BACKWARD, OFFLOAD):
+        plain = train("plain", *flags[:6], "--max-grad-norm", 0 if more == IN_BACKWARD else 1,
+                      model=with_biases)  # fmt: skip
+        assert_same(ours, plain, atol=1e-6)
+
+
+def test_a_trained_part_moves_as_an_optimizer_of_it_moves_it(train, start, monkeypatch):
+    """One step of Adam at the first rate: each element moves by the rate, but for its gradient's
+    clipping, so the change is that of a run in which all train."""
+    flags = ["--max-steps", 1, "--warmup-ratio", 0, "--max-grad-norm", 0]
+    models = kept(monkeypatch, "load_model")
+    part, every = train("part", "--train", r"layers\.1\.mlp", *flags), train("every", *flags)
+    for name in start:
+        expected = every if "layers.1.mlp" in name else start
+        torch.testing.assert_close(part[name], expected[name], rtol=0, atol=5e-6)
+    trained = {name for name, p in models[0].named_parameters() if p.requires_grad}
+    assert trained == {name for name in start if "layers.1.mlp" in name} and len(trained) == 3
+
+
+def test_what_does_not_train_is_kept_in_the_compute_dtype(train, monkeypatch):
+    models = kept(monkeypatch, "load_model")
+    train("run", "--train", "norm", "--dtype", "bfloat16", "--max-steps", 1)
+    kinds = {name: p.dtype for name, p in models[0].named_parameters()}
+    assert all((kinds[name] == torch.float32) == ("norm" in name) for name in kinds)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(train, tmp_path):
+    """A Llama has no biases. The parameters that there are, are named."""
+    with pytest.raises(common.UserError, match="--train bias.*q_proj.weight") as refused:
+        train("run", "--train", "bias")
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_result_without_train_leaves_no_file_of_a_part(train, tmp_path):
+    train("run", "--train", "norm", "--max-steps", 1)
+    assert (tmp_path / "run" / "trained.safetensors").exists()
+    train("run", "--max-steps", 1, "--overwrite")
+    assert not (tmp_path / "run" / "trained.safetensors").exists()
 
 
 # -------------------------------------------------------------------------------- the result

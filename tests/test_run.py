@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 import common
 import full_ft
 import lora
+import prefix_tuning
+import prompt_tuning
 import sft
 
 ROWS = [
@@ -94,7 +96,7 @@ def without_times(folder) -> list[dict]:
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
-    (path,) = folder.glob("*.safetensors")
+    (path,) = folder.glob("*model.safetensors")
     return load_file(path)
 
 
@@ -435,6 +437,11 @@ RESUMED = {
     "neftune": (sft, ["--neftune", "5"]),
     "sft lora": (sft, ["--neftune", "5", "--lora-rank", "4", "--lora-dropout", "0.2"]),
     "patience": (sft, ["--patience", "9", "--eval-every", "1"]),
+    "a part": (full_ft, ["--train", "mlp|norm", "--weight-decay", "0.1"]),
+    "prefix": (prefix_tuning, []),
+    "prefix without MLP": (prefix_tuning, ["--hidden", "0"]),
+    "prompt": (prompt_tuning, []),
+    "prompt encoder": (prompt_tuning, ["--encoder", "lstm", "--hidden", "8"]),
 }
 
 
