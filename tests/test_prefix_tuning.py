@@ -348,7 +348,7 @@ def test_step_0_of_a_run_is_what_is_stated(more, train, random_model):
     model = transformers.AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     front = np.array(tokenizer("abca").input_ids)
     logps = own_logps(model.eval(), behind(front, [*seen[0][1]]))
-    assert len(logps) > 20
+    assert len(logps) > 10
     assert read_metrics(folder)[1]["eval_loss"] == pytest.approx(-logps.mean().item(), rel=1e-6)
     cache = model.model(input_ids=torch.tensor(front)[None], use_cache=True).past_key_values
     states = [x for layer in cache.layers for x in (layer.keys, layer.values)]

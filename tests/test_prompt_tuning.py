@@ -316,7 +316,7 @@ def test_step_0_of_a_run_is_the_base_behind_the_text(more, train, random_model, 
     model = transformers.AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     front = np.array(transformers.AutoTokenizer.from_pretrained(TINY)("abca").input_ids)
     logps = own_logps(model.eval(), behind(front, [*seen[0][1]]))
-    assert len(logps) > 20
+    assert len(logps) > 10
     assert read_metrics(folder)[1]["eval_loss"] == pytest.approx(-logps.mean().item(), rel=1e-6)
 
 
