@@ -280,14 +280,15 @@ def test_bitfit_trains_the_biases_alone(more, train, with_biases, tmp_path):
 
 
 def test_a_trained_part_moves_as_an_optimizer_of_it_moves_it(train, start, monkeypatch):
-    """Adam's first step moves each element by the rate, 2e-3, whatever its gradient: without
-    clipping, the change is that of a run in which all train."""
+    """One step of Adam at the first rate: each element moves by the rate, but for its gradient's
+    clipping, so the change is that of a run in which all train."""
     flags = ["--max-steps", 1, "--warmup-ratio", 0, "--max-grad-norm", 0]
     models = kept(monkeypatch, "load_model")
     part, every = train("part", "--train", r"layers\.1\.mlp", *flags), train("every", *flags)
     for name in start:
         expected = every if "layers.1.mlp" in name else start
-        torch.testing.assert_close(part[name], expected[name], rtol=0, atol=5e-5)
+        odd = (part[name] - expected[name]).abs() > 5e-6
+        assert odd.float().mean() < 1e-3, name  # near Adam's eps, the rounding of a gradient counts
     trained = {name for name, p in models[0].named_parameters() if p.requires_grad}
     assert trained == {name for name in start if "layers.1.mlp" in name} and len(trained) == 3
 
