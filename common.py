@@ -22,6 +22,7 @@ import heapq
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -798,20 +799,26 @@ def pretrained(auto_class, name: str, **options):
         raise UserError(f"--model {name}: {where}{reason}") from error
 
 
-def load_model(args, dtype, device, weights=None, shard: bool = False, offload: bool = False):
+def load_model(
+    args, dtype, device, weights=None, shard: bool = False, offload: bool = False,
+    load_in_4bit: bool = False,
+):  # fmt: skip
     """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7).
 
     weights: the dtype in which weights are kept, if not dtype: float32 where they train.
     shard: each rank keeps its part (`shard_model`). Rank 0 alone reads the files, the others
-    receive. What sections 6 and 7 assume of a model is checked here, by trying.
+    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
+    6 and 7 assume of a model is checked here, by trying.
     """
+    if load_in_4bit and shard:
+        raise UserError("--shard: not on a base in 4 bits, of which every rank has a copy")
     auto_class, options = transformers.AutoModelForCausalLM, {"dtype": weights or dtype}
     if RANK == 0:
         options |= {"use_safetensors": True, "output_loading_info": True}
         model, info = pretrained(auto_class, args.model, **options)
         if missing := sorted(info["missing_keys"]):  # transformers would make them random
             raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
-        model.to("cpu" if shard else device)
+        model.to("cpu" if shard or load_in_4bit else device)
     else:
         config = pretrained(transformers.AutoConfig, args.model)
         with torch.device("meta"):
@@ -825,6 +832,10 @@ def load_model(args, dtype, device, weights=None, shard: bool = False, offload: 
     for name in share(lean_modules(model) if RANK == 0 else None):
         module = model.get_submodule(name)
         module.forward = types.MethodType(lean_forward(module), module)
+    if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
+        for name in find_targets(model, "all-linear")[0]:
+            model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
+        model.to(device) if RANK == 0 else None
     if RANK == 0:
         check_model(model, args, exact=dtype == torch.float32)
     if shard:
@@ -871,6 +882,41 @@ def shard_model(model, dtype, device, offload: bool) -> None:
         buffer.data = (buffers[name] if RANK == 0 else buffer).to(device)
         dist.broadcast(buffer, 0)
     fsdp.register_fsdp_forward_method(model, "target_logps")  # gathers the head for the loss
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer frozen in 4 bits a weight, as qlora.py explains them, by bitsandbytes. All
+    that it holds is in a parameter and buffers, which are sent to other ranks like the rest of a
+    model, and are not in checkpoints."""
+
+    def __init__(self, layer: nn.Linear, device):
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a package is missing on CPUs
+        from bitsandbytes.functional import quantize_4bit  # loads CUDA libraries: only if needed
+
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        if device.type == "cpu" and layer.in_features % 64:  # bitsandbytes 0.50 gets it wrong
+            size = layer.in_features
+            raise UserError(f"4 bits on a CPU: a layer's {size} inputs are no multiple of 64")
+        w = layer.weight.data
+        w = torch.zeros_like(w, device=device) if w.is_meta else w.to(device).contiguous()
+        kind = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+        packed, state = quantize_4bit(w, **kind)
+        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+        held = {"absmax": state.absmax, "absmax_mean": state.offset}
+        held |= {"absmax_scale": state.state2.absmax, "absmax_code": state.state2.code}
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.dtype = w.dtype
+
+    def forward(self, x):
+        from bitsandbytes import functional, matmul_4bit
+
+        code, fp32 = self.absmax_code, torch.float32
+        scales = functional.QuantState(self.absmax_scale, code=code, blocksize=256, dtype=fp32)
+        shape = {"shape": (self.out_features, self.in_features), "dtype": self.dtype}
+        kind = {"blocksize": 64, "quant_type": "nf4", "offset": self.absmax_mean, "state2": scales}
+        state = functional.QuantState(self.absmax, **shape, **kind)
+        return matmul_4bit(x, self.weight, state, bias=self.bias)
 
 
 # Checkpoints have whole tensors of what trains, on rank 0's CPU.
@@ -1137,7 +1183,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     return [layer for layer in layers if layer in chosen], layers
 
 
-def add_adapter_flags(parser, prefix: str = "", rank: int = 16) -> None:
+def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
     zero = "; 0 trains every parameter" if prefix else ""
@@ -1149,7 +1195,9 @@ def add_adapter_flags(parser, prefix: str = "", rank: int = 16) -> None:
     add("--targets", default="all-linear", help=where)
     start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
     add("--adapter", metavar="FOLDER", help=start)
-    add("--shard", action="store_true", help="under torchrun, each rank has a part of the weights")
+    if shard:
+        part = "under torchrun, each rank has a part of the weights"
+        add("--shard", action="store_true", help=part)
     if not prefix:
         merge = "add --adapter to --model, save the merged model in --output, and exit"
         add("--merge-only", action="store_true", help=merge)
@@ -1180,7 +1228,8 @@ def add_adapter(model, args, layer, device) -> dict:
         p.data = tensors.get(name, p.data).to(device, p.dtype)
         if RANKS > 1:  # GPUs may differ in random numbers
             dist.broadcast(p.data, 0)
-    total, count = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained.values()))
+    sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters()]
+    total, count = sum(sizes), sum(p.numel() for p in trained.values())  # 4 bits: two in a byte
     say(f"{count:,} of {total:,} parameters train ({count / total:.2%}), in {len(adapted)} layers")
     short = {name.rpartition(".")[2] for name in adapted}
     unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
