@@ -181,7 +181,8 @@ def pair_figures(model, batch: dict, layers: list[tuple], args) -> dict[str, tor
         log_ratio = log_ratio / length.clamp(min=1)  # a prompt has no targets
     h = log_ratio[better] - log_ratio[worse]  # (P,)
     losses = preference_loss(h, args.loss, args.beta, args.label_smoothing, args.gamma)
-    figures = {"loss": losses, "accuracy": (h > 0) + 0.5 * (h == 0), "margin": args.beta * h}
+    right = torch.where(h.abs() < 1e-5, 0.5, (h > 0).float())  # a tie counts half
+    figures = {"loss": losses, "accuracy": right, "margin": args.beta * h}
     figures |= {"chosen_logps": policy[better], "rejected_logps": policy[worse]}
     return {name: (weight * x).sum() for name, x in figures.items()}
 

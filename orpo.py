@@ -294,7 +294,8 @@ def main(argv=None) -> None:
     add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
     add("--load-in-4bit", action="store_true", help="the base in 4 bits, with --lora-rank")
     common.add_adapter_flags(parser, prefix="lora-", rank=0)
-    pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 1e-3, "samples": 3}
+    pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 1e-4, "samples": 3}
+    pairs |= {"loss_on": "answers"}
     train(common.parse_args(parser, argv, demo=pairs))
 
 

@@ -72,13 +72,14 @@ def rewards(model, last, targets=None, target_index=None, **inputs) -> torch.Ten
     hidden = model.base_model(use_cache=False, **inputs).last_hidden_state  # (B, T, d)
     hidden = hidden.flatten(0, 1).index_select(0, last)  # (S, d)
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), model.score.weight.float())[:, 0]
+        return hidden.float() @ model.score.weight[0].float()
 
 
 def last_tokens(batch: dict, examples: list[dict]) -> torch.Tensor:
     """Where every stretch of a pass ends, in its flattened (B * T,) tokens -> (S,)"""
     if "stretches" in batch:
-        return batch["stretches"].query_ends[1:] - 1
+        count = sum(len(example["stretches"]) for example in examples)
+        return batch["stretches"].query_ends[1 : count + 1] - 1
     count, width = batch["input_ids"].shape  # a row for every answer; for a prompt, any
     ends = torch.arange(count, device=batch["input_ids"].device) * width - 1
     ends += batch["attention_mask"].sum(1)  # (B,)
