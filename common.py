@@ -361,7 +361,7 @@ def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
         answers = [take_answer(ranked, n) for n in [*ranked]]
     elif {"chosen", "rejected"} <= left.keys():
         if left.get("messages") == left["chosen"]:  # UltraFeedback has them twice
-            del left["messages"]
+            left.pop("messages", None)
         answers = [take_answer(left, key) for key in ("chosen", "rejected")]
     elif "rejected_response" in left:
         raise ValueError("messages with rejected_response (the layout of ms-swift) is not read")

@@ -230,10 +230,10 @@ def choose_pad_token(args, tokenizer) -> None:
 def train(args) -> None:
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
-    choose_pad_token(args, tokenizer)
     train_set, eval_set = common.load_data(args, tokenizer, pairs=True, whole=True)
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
+    choose_pad_token(args, tokenizer)
     model, config, _ = load_reward_model(args, dtype, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
@@ -362,7 +362,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 def print_samples(before, after) -> None:
     """before: None after --resume."""
     for n, (prompt, answers) in enumerate(after[:3]):
-        text = f"\n--- prompt ---\n{prompt.strip()}\n--- answers, best first, and rewards ---"
+        text = f"\n--- prompt ---\n{prompt.strip()}\n--- rewards before training -> after ---"
         for k, (value, answer) in enumerate(answers):
             was = f"{before[n][1][k][0]:+.3f} -> " if before else ""
             text += f"\n{was}{value:+.3f}  {answer.strip()}"

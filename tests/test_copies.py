@@ -8,10 +8,7 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if not path.name.startswith("common"))
 # These use common_before.py and have older copies of lora.py and sft.py, until they are moved.
-BEFORE = [
-    f"{name}.py"
-    for name in "qlora dora adapter prefix_tuning prompt_tuning reward_model dpo orpo ppo".split()
-]
+BEFORE = [f"{name}.py" for name in "qlora dora adapter prefix_tuning prompt_tuning ppo".split()]
 BLOCK = r"# --- {} ---\n(.*?)# --- end ---"
 COPIES = [
     (path, *match.groups())

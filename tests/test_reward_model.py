@@ -362,4 +362,4 @@ def test_losses_do_not_depend_on_the_passes(more, train):
 def test_the_samples_are_on_the_screen(train, capsys):
     train("run", "--samples", 1)
     printed = capsys.readouterr().out
-    assert "--- answers, best first, and rewards ---" in printed and " -> " in printed
+    assert "--- rewards before training -> after ---" in printed and " -> " in printed
