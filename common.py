@@ -21,6 +21,7 @@ import hashlib
 import heapq
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -848,6 +849,31 @@ def unshare(example: dict) -> list[dict]:
     return [dict(zip(("input_ids", "is_target"), row)) for row in rows]
 
 
+def find_pairs(examples: list[dict], device) -> tuple[torch.Tensor, ...]:
+    """Which answers a forward pass compares. Its S stretches are every prompt and then its K
+    answers, best first; all pairs of answers to a prompt are compared.
+
+    -> stretch (N,), the stretch of each target; length (S,), targets of each stretch; better and
+    worse (P,), stretches; weight (P,), 2 / (K (K - 1)), so that a prompt counts once; margin (P,)
+    """
+    lengths, pairs = [], []
+    for example in examples:
+        first, k = len(lengths) + 1, len(example["stretches"]) - 1
+        marks = np.split(example["is_target"], np.cumsum(example["stretches"])[:-1])
+        lengths += [np.sum(x) for x in marks]
+        more = 2 / (k * (k - 1)), example.get("margin", 0.0)
+        pairs += [(i, j, *more) for i, j in itertools.combinations(range(first, first + k), 2)]
+    length = torch.tensor(lengths, dtype=torch.float32, device=device)
+    stretch = torch.tensor(np.repeat(np.arange(len(lengths)), lengths), dtype=int, device=device)
+    columns = torch.tensor(pairs, dtype=torch.float32, device=device).reshape(-1, 4).T
+    return stretch, length, columns[0].long(), columns[1].long(), *columns[2:]
+
+
+def sum_stretches(logps, stretch, length):
+    """log p of targets (N,) -> their sum in every stretch (S,)"""
+    return torch.zeros_like(length).index_add(0, stretch, logps)
+
+
 def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None:
     """The first line of a run, and warnings where batches do not suit the data."""
     sample = [train_set[numbers]["input_ids"] for numbers in steps[:: max(1, len(steps) // 20)]]
@@ -914,6 +940,15 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
 def seed_step(args, step: int) -> None:
     """Random numbers (dropout, noise) are a function of seed, step and rank: nothing to save."""
     torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)
+
+
+def disable_dropout(model) -> None:
+    """Of a base: it would hide small differences between passes. The model stays in train mode,
+    which gradient checkpointing needs."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def share(value):

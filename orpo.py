@@ -38,14 +38,15 @@ Questions people ask
   Several answers? {"prompt", "responses"}, best first, count as all their pairs, which weigh as
                    much together as one pair.
 
-MEASURED
+Measured: `python orpo.py` takes the accuracy on 105 held-out pairs from 0.56, 0.56 and 0.62 to
+1.00, 1.00 and 0.99 with seeds 0, 1 and 2 (two CPU cores, torch 2.13, 2026-11-26). It runs with
+--loss-on answers: the bundled model has never learnt prompts, and loses its answers over them.
 
     python orpo.py                                      # the bundled model learns to be kind
     python orpo.py --model BASE --data pairs.jsonl      # every parameter
     python orpo.py --model BASE --data pairs.jsonl --lora-rank 16 --lr 1e-4
 """
 
-import itertools
 import math
 
 import numpy as np
@@ -74,35 +75,6 @@ def orpo_loss(chosen_logps, rejected_logps, chosen_nll=0.0, lambda_: float = 0.1
     return chosen_nll - lambda_ * F.logsigmoid(log_odds_ratio(chosen_logps, rejected_logps))
 
 
-# --- copied from dpo.py: pairs ---
-def find_pairs(examples: list[dict], device) -> tuple[torch.Tensor, ...]:
-    """What a forward pass compares. Its S stretches are every prompt and then its K answers, best
-    first; all pairs of answers to a prompt are compared.
-
-    -> stretch (N,), the stretch of each target; length (S,), targets of each stretch; better and
-    worse (P,), stretches; weight (P,), 2 / (K (K - 1)), so that a prompt counts once; margin (P,)
-    """
-    lengths, pairs = [], []
-    for example in examples:
-        first, k = len(lengths) + 1, len(example["stretches"]) - 1
-        marks = np.split(example["is_target"], np.cumsum(example["stretches"])[:-1])
-        lengths += [np.sum(x) for x in marks]
-        more = 2 / (k * (k - 1)), example.get("margin", 0.0)
-        pairs += [(i, j, *more) for i, j in itertools.combinations(range(first, first + k), 2)]
-    length = torch.tensor(lengths, dtype=torch.float32, device=device)
-    stretch = torch.tensor(np.repeat(np.arange(len(lengths)), lengths), dtype=int, device=device)
-    columns = torch.tensor(pairs, dtype=torch.float32, device=device).reshape(-1, 4).T
-    return stretch, length, columns[0].long(), columns[1].long(), *columns[2:]
-
-
-def sum_stretches(logps, stretch, length):
-    """log p of targets (N,) -> their sum in every stretch (S,)"""
-    return torch.zeros_like(length).index_add(0, stretch, logps)
-
-
-# --- end ---
-
-
 def pair_figures(model, batch: dict, nll_scale: float, args) -> dict[str, torch.Tensor]:
     """What a forward pass adds to the loss and the metrics, as sums over its prompts.
 
@@ -111,8 +83,8 @@ def pair_figures(model, batch: dict, nll_scale: float, args) -> dict[str, torch.
     divided by its prompts later.
     """
     device, examples = batch["input_ids"].device, batch.pop("examples")
-    stretch, length, better, worse, weight, _ = find_pairs(examples, device)
-    sums = sum_stretches(model.target_logps(**batch), stretch, length)  # (S,)
+    stretch, length, better, worse, weight, _ = common.find_pairs(examples, device)
+    sums = common.sum_stretches(model.target_logps(**batch), stretch, length)  # (S,)
     starts = np.cumsum([0, *(len(example["stretches"]) for example in examples)])[:-1]
     in_nll = torch.tensor([*starts, *starts + 1], dtype=int, device=device)  # prompt and best
     nll = -sums[in_nll].sum() * nll_scale
@@ -260,25 +232,27 @@ def held_out_figures(model, eval_set, measure, args, device) -> dict[str, float]
 
 
 # --- copied from dpo.py: samples of pairs ---
-def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, ...]]:
-    """(prompt, the model's answer, the best and the worst answer in the data) of the first
-    --samples examples."""
+TITLES = ("prompt", "before training", "after", "chosen", "rejected")
+
+
+def answer_samples(model, tokenizer, examples, args, device, log) -> list[dict[str, str]]:
+    """Texts of the first --samples examples: prompt, best and worst answer, the model's answer."""
     samples = []
     for n in range(min(args.samples, len(examples))):
         edges = np.cumsum(examples[n]["stretches"])[:-1]
         prompt, best, *_, worst = np.split(examples[n]["input_ids"], edges)
-        (answer,) = common.generate(model, tokenizer, [prompt.tolist()], device)
         texts = tokenizer.batch_decode([prompt, best, worst], skip_special_tokens=True)
-        samples.append((texts[0], answer, *texts[1:]))
+        texts += common.generate(model, tokenizer, [prompt.tolist()], device)
+        samples.append(dict(zip(("prompt", "chosen", "rejected", "after"), texts)))
     return samples
 
 
 def print_samples(before, after) -> None:
     """before: None after --resume."""
-    for n, (prompt, answer, best, worst) in enumerate(after[:3]):
-        texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
-        texts |= {"after": answer, "chosen": best, "rejected": worst}
-        common.say("\n" + "\n".join(f"--- {key} ---\n{x.strip()}" for key, x in texts.items()))
+    for n, texts in enumerate(after[:3]):
+        texts = texts | ({"before training": before[n]["after"]} if before else {})
+        keys = [key for key in TITLES if key in texts]
+        common.say("\n" + "\n".join(f"--- {key} ---\n{texts[key].strip()}" for key in keys))
 
 
 # --- end ---

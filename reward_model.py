@@ -1,44 +1,42 @@
 """Reward model, the second stage of RLHF: learn from ranked answers how good an answer is.
 
 Ouyang et al. 2022, "Training language models to follow instructions with human feedback" (arXiv
-2203.02155), equation 1:
+2203.02155), equation 1, for K ranked answers to a prompt:
 
-    L = - 2 / (K (K - 1))  sum_(w,l)  log sigmoid(r(x, y_w) - r(x, y_l) - m)       r(x, y) = w . h
+    L = - 2 / (K (K - 1))  sum_(w,l)  log sigmoid(r(x, y_w) - r(x, y_l) - m)      r(x, y) = w . h
 
-    h         hidden         the backbone's last hidden state at the last token of prompt and answer
+    h         hidden          the backbone's last hidden state at the end of prompt x and answer y
     w         score   (1, d)  the head, in place of the output layer; starts as N(0, 1 / (d + 1))
-    r         rewards (S,)   float32, read at the end of every stretch
-    y_w, y_l  better, worse (P,)  the answers of a pair: all K (K - 1) / 2 pairs of K ranked ones
-    m         margin  (P,)   0, or the row's: by how much y_w should win (Llama 2, 2307.09288)
+    r         rewards (S,)    float32, read at the end of every stretch
+    y_w, y_l  better, worse (P,)  the answers of a pair; K ranked answers make K (K - 1) / 2 pairs
+    m         margin  (P,)    0, or the row's: by how much y_w should win (Llama 2, 2307.09288)
 
 Why a difference of rewards
-  Bradley and Terry (1952) give every answer a strength exp(r), and let y_w beat y_l with
-  probability exp(r_w) / (exp(r_w) + exp(r_l)) = sigmoid(r_w - r_l). People can say which of two
-  answers is better, and not how good one is; L is the negative log-likelihood of what they said
-  (with m = 0). Its gradient is - (1 - sigmoid(r_w - r_l)) d(r_w - r_l)/dw: pairs that are in the
-  right order already count little. Only differences are learnt: adding a constant to every reward
-  of a prompt changes nothing, so rewards of different prompts are comparable only as far as the
-  model generalises.
+  People can say which of two answers is better, but not how good one is. Bradley and Terry (1952)
+  give every answer a strength exp(r) and let y_w beat y_l with probability
+  exp(r_w) / (exp(r_w) + exp(r_l)) = sigmoid(r_w - r_l). L (with m = 0) is the negative
+  log-likelihood of what people said. Its gradient is - (1 - sigmoid(r_w - r_l)) d(r_w - r_l)/dw: a
+  pair in the right order counts little. Adding a number to all rewards of a prompt changes
+  nothing, so rewards have no zero, and compare answers to one prompt better than two prompts.
 
 Choices and departures from the paper
-  - All answers to a prompt are in one step, and their pairs weigh as much together as one pair:
-    the paper found that pairs of one prompt, spread over an epoch, overfit.
-  - A prompt is computed once for all of its answers (dpo.py explains it).
-  - The last token is found by position, never by the pad id. transformers finds it by the pad id,
-    so the result is saved with a pad token that ends no text.
-  - After training, the mean reward of the best answers to 512 training prompts is saved as
-    `reward_offset` (in config.json, or in an adapter's metadata). --score subtracts it: a reward
-    of 0 is as good as those answers. transformers and PEFT give r itself.
-  - The base's dropout is off. One epoch, as in the paper: more overfit.
+  - All answers to a prompt are in one step, and a prompt counts once: spread over an epoch, its
+    pairs overfit (section 3.5). A prompt is computed once for its answers (see dpo.py).
+  - The end is found by position, never by the pad id. transformers finds it by the pad id, so the
+    result is saved with a pad token that ends no text.
+  - The mean reward of the best answers to 512 training prompts is saved as `reward_offset`, in
+    config.json or an adapter's metadata, and --score subtracts it: a reward of 0 is as good as
+    those. transformers and PEFT give r itself.
+  - The base's dropout is off. One epoch, as in the paper.
 
 Questions people ask
   Sum or mean?     The mean over the prompts of a step; within a prompt, over its pairs.
   Loss at step 0?  Near ln 2, but not equal: the random head already prefers some answers.
   Which rate?      1e-5 where every parameter trains, 1e-4 with --lora-rank.
   Which base?      A model after SFT (sft.py). A reward model continues with its own head.
-  Where is m?      In the loss alone; the metric `margin` is the mean of r_w - r_l.
 
-MEASURED
+Measured: `python reward_model.py` takes the accuracy on 105 held-out pairs from 0.44, 0.36 and 0.36
+to 1.00 with seeds 0, 1 and 2 (two CPU cores, torch 2.13, 2026-11-26).
 
     python reward_model.py                              # the bundled model learns to be kind
     python reward_model.py --model CHAT --data pairs.jsonl --output runs/reward
@@ -46,7 +44,6 @@ MEASURED
     python reward_model.py --score --model runs/reward --data rows.jsonl --output runs/scores
 """
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -90,35 +87,6 @@ def last_tokens(batch: dict, examples: list[dict]) -> torch.Tensor:
     return ends[rows]
 
 
-# --- copied from dpo.py: pairs ---
-def find_pairs(examples: list[dict], device) -> tuple[torch.Tensor, ...]:
-    """What a forward pass compares. Its S stretches are every prompt and then its K answers, best
-    first; all pairs of answers to a prompt are compared.
-
-    -> stretch (N,), the stretch of each target; length (S,), targets of each stretch; better and
-    worse (P,), stretches; weight (P,), 2 / (K (K - 1)), so that a prompt counts once; margin (P,)
-    """
-    lengths, pairs = [], []
-    for example in examples:
-        first, k = len(lengths) + 1, len(example["stretches"]) - 1
-        marks = np.split(example["is_target"], np.cumsum(example["stretches"])[:-1])
-        lengths += [np.sum(x) for x in marks]
-        more = 2 / (k * (k - 1)), example.get("margin", 0.0)
-        pairs += [(i, j, *more) for i, j in itertools.combinations(range(first, first + k), 2)]
-    length = torch.tensor(lengths, dtype=torch.float32, device=device)
-    stretch = torch.tensor(np.repeat(np.arange(len(lengths)), lengths), dtype=int, device=device)
-    columns = torch.tensor(pairs, dtype=torch.float32, device=device).reshape(-1, 4).T
-    return stretch, length, columns[0].long(), columns[1].long(), *columns[2:]
-
-
-def sum_stretches(logps, stretch, length):
-    """log p of targets (N,) -> their sum in every stretch (S,)"""
-    return torch.zeros_like(length).index_add(0, stretch, logps)
-
-
-# --- end ---
-
-
 def pair_figures(model, batch: dict) -> dict[str, torch.Tensor]:
     """What a forward pass adds to the loss and the metrics, as sums over its prompts.
 
@@ -126,7 +94,7 @@ def pair_figures(model, batch: dict) -> dict[str, torch.Tensor]:
     keys are what the backbone takes, and targets.
     """
     examples = batch.pop("examples")
-    _, _, better, worse, weight, margin = find_pairs(examples, batch["input_ids"].device)
+    _, _, better, worse, weight, margin = common.find_pairs(examples, batch["input_ids"].device)
     r = model.rewards(last_tokens(batch, examples), **batch)  # (S,)
     chosen, rejected = r[better], r[worse]  # (P,)
     losses = pairwise_loss(chosen, rejected, margin)
@@ -167,19 +135,6 @@ class LoRALinear(nn.Module):
 # --- end ---
 
 
-# --- copied from dpo.py: no dropout ---
-def disable_dropout(model) -> None:
-    """In train mode, which gradient checkpointing needs. Dropout would add noise to a small
-    difference of large numbers."""
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-# --- end ---
-
-
 def load_reward_model(args, dtype, device):
     """-> (a sequence classification model with `model.rewards`, the config of its adapter or {},
     its offset). The head is the adapter's, else the one on disk, else random."""
@@ -207,7 +162,7 @@ def load_reward_model(args, dtype, device):
         dcp.set_model_state_dict(model, {"score.weight": head}, options=common.LOAD)
     if args.score and not has_head:
         raise common.UserError(f"--score: {args.adapter or args.model} is no reward model")
-    disable_dropout(model)
+    common.disable_dropout(model)
     return model, config, offset
 
 
@@ -308,10 +263,9 @@ def train(args) -> None:
     if config:
         common.save_adapter(args, model, tokenizer, config, reward_offset=str(offset))
     else:
-        model.config.reward_offset = offset
-        model.config.pad_token_id = model.config.get_text_config().pad_token_id = (
-            tokenizer.pad_token_id
-        )
+        pad = {"pad_token_id": tokenizer.pad_token_id}
+        model.config.get_text_config().update(pad)
+        model.config.update(pad | {"reward_offset": offset})
         common.save_model(args, model, tokenizer, dtype)
     log.done()
 

@@ -243,7 +243,8 @@ def test_the_reference_does_not_move_with_the_policy(tmp_path):
         assert not reference.requires_grad
         assert not torch.isclose(moved, before, rtol=1e-2).all()
         assert torch.equal(model.target_logps(**batch), moved) and moved.requires_grad
-        assert adapter is not None or torch.equal(before, base)
+        if adapter is None:
+            torch.testing.assert_close(before, base, rtol=1e-6, atol=1e-6)
 
 
 def test_where_all_parameters_train_the_reference_is_that_of_the_start(tmp_path, random_model):
@@ -288,7 +289,7 @@ def test_dropout_of_the_base_is_off(tmp_path):
     batch = one_pass(examples_of(args), "loop")
     batch.pop("examples")
     assert not torch.equal(model.target_logps(**batch), model.target_logps(**batch))
-    dpo.disable_dropout(model)
+    common.disable_dropout(model)
     assert model.training
     assert torch.equal(model.target_logps(**batch), model.target_logps(**batch))
 
