@@ -21,6 +21,7 @@ import hashlib
 import heapq
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -299,13 +300,26 @@ def take_prompt(left: dict, field: str) -> list[dict]:
     return [to_message(text, role) for pair in history for text, role in zip(pair, roles)] + turns
 
 
-def parse_row(row) -> tuple[str | list[dict], list | None]:
-    """A training row of any of LAYOUTS -> (raw text or messages, tools)."""
+def take_fields(row) -> dict:
+    """A copy of a row, from which fields are taken out as they are used."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict) or None in row:
         raise ValueError(f"a row is an object with a value for every field, not {str(row):.40}")
-    left = dict(row)  # fields are taken out as they are used
+    return dict(row)
+
+
+def take_system_and_tools(left: dict, turns: list[dict]) -> tuple[list[dict], list | None]:
+    """-> (the turns, after the row's system turn, its tools)"""
+    if left.get("system") not in EMPTY and turns[0]["role"] != "system":
+        turns = [*take_messages(left, "system", "system"), *turns]
+    tools = left.pop("tools", None) or None
+    return turns, json.loads(tools) if isinstance(tools, str) else tools
+
+
+def parse_row(row) -> tuple[str | list[dict], list | None]:
+    """A training row of any of LAYOUTS -> (raw text or messages, tools)."""
+    left = take_fields(row)
     if {"chosen", "rejected"} <= left.keys():
         raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
     fields = [next((name for name in names if name in left), None) for names in LAYOUTS]
@@ -325,11 +339,52 @@ def parse_row(row) -> tuple[str | list[dict], list | None]:
     else:
         known = f"messages or conversations; prompt and answer under {PROMPTS} and {ANSWERS}; text"
         raise ValueError(f"fields {sorted(left)} fit none of: {known}")
-    if left.get("system") not in EMPTY and turns[0]["role"] != "system":
-        turns = [*take_messages(left, "system", "system"), *turns]
-    tools = left.pop("tools", None) or None
+    turns, tools = take_system_and_tools(left, turns)
     check_unused(left, meaningful)
-    return turns, json.loads(tools) if isinstance(tools, str) else tools
+    return turns, tools
+
+
+def take_answer(left: dict, field) -> list[dict]:
+    """Take an answer, or a conversation that ends with one, out of a row -> messages."""
+    if isinstance(left[field], str) and left[field].startswith("\n\nHuman:"):  # Anthropic's HH
+        _, *parts = re.split(r"\n\n(Human|Assistant):", left[field])
+        turns = [{"from": who, "value": text.strip()} for who, text in zip(*[iter(parts)] * 2)]
+        left |= {field: turns}
+    return take_messages(left, field, "assistant")
+
+
+def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
+    """A prompt and its answers, or whole conversations that part in their last turn
+    -> (prompt, answers, best first, tools, margin)."""
+    left = take_fields(row)
+    if "responses" in left:
+        ranked = dict(enumerate(left.pop("responses")))
+        answers = [take_answer(ranked, n) for n in [*ranked]]
+    elif {"chosen", "rejected"} <= left.keys():
+        if left.get("messages") == left["chosen"]:  # UltraFeedback has them twice
+            left.pop("messages", None)
+        answers = [take_answer(left, key) for key in ("chosen", "rejected")]
+    elif "rejected_response" in left:
+        raise ValueError("messages with rejected_response (the layout of ms-swift) is not read")
+    else:
+        raise ValueError("no chosen and rejected, and no responses: pairs of answers are needed")
+    if turns := [key for key in LAYOUTS[0] if key in left]:
+        problem = "with chosen and rejected (the layout of LLaMA-Factory) is not read"
+        raise ValueError(f"{turns[0]} {problem}")
+    field = next((key for key in PROMPTS if key in left), None)
+    prompt, context = take_prompt(left, field) if field else [], answers[0][:-1]
+    if any(answer[:-1] != context for answer in answers):
+        raise ValueError("the answers do not have the same turns before their last one")
+    if prompt and context and context[-len(prompt) :] != prompt:
+        raise ValueError(f"the turns before the answers are not those of {field!r}")
+    if not (context or prompt) or any(answer[-1]["role"] != "assistant" for answer in answers):
+        raise ValueError("a preference has a prompt, and answers of the assistant")
+    turns, tools = take_system_and_tools(left, context or prompt)
+    margin = left.pop("margin", None) or 0.0
+    if not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"field 'margin' is {margin!r:.40}, not a number")
+    check_unused(left, (*MEANINGFUL, *SAID, *PROMPTS, *ANSWERS))
+    return turns, [answer[-1] for answer in answers], tools, float(margin)
 
 
 # --------------------------------------------------------------------------------- 3. Tokens
@@ -486,15 +541,74 @@ def encode_row(row, tokenizer, settings: dict) -> list[dict]:
         prompt = encoded[0][0][: encoded[0][1].argmax()] if encoded else []
     examples = []
     for ids, marks in encoded:
-        if max(ids) >= settings["vocab_size"]:
-            token = tokenizer.convert_ids_to_tokens(max(ids))
-            raise ValueError(f"token {token!r} is beyond the model's {settings['vocab_size']} rows")
+        check_vocabulary(ids, tokenizer, settings)
         note = "cut" if len(ids) > limit else ""
         marks = (marks | (settings["loss_on"] == "all"))[:limit]
         marks[0] = False  # nothing predicts a first token
         if marks.any():
             examples.append(make_example(prompt, ids[:limit], marks, note))
     return examples or [make_example(note="no target")]
+
+
+def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
+    if max(ids) >= settings["vocab_size"]:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(f"token {token!r} is beyond the model's {settings['vocab_size']} rows")
+
+
+PREFERENCE = EXAMPLE | {  # the columns of a data set of prompts, each with its answers
+    "stretches": datasets.List(datasets.Value("int32")),  # lengths: the prompt, its answers
+    "margin": datasets.Value("float32"),
+}
+
+
+def encode_answers(tokenizer, turns, answers, tools, whole: bool) -> list[tuple]:
+    """A prompt with each of its answers as (ids, is_target); none where an answer is empty.
+    whole: with what the template writes after the end of turn, all of it a target."""
+    context = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
+    encoded = []
+    for answer in answers:
+        for ids, marks in encode_conversation(tokenizer, [*context, answer], tools):
+            if whole:
+                text = tokenizer.apply_chat_template([*turns, answer], tools, tokenize=False)
+                joined = tokenizer.chat_template == JOINED
+                ids, _ = tokenize(tokenizer, text, [], add_special_tokens=joined)
+                marks = np.arange(len(ids)) >= marks.argmax()
+            encoded.append((ids, marks))
+    return encoded if len(encoded) == len(answers) else []
+
+
+def share_prompt(encoded: list[tuple], limit: int) -> tuple[list, np.ndarray, list[int]]:
+    """Answers to a prompt as (ids, is_target) -> (ids, is_target, stretches): the tokens that all
+    begin with, up to the first target, and then the rest of each, up to limit in all."""
+    first = min(int(marks.argmax()) for _, marks in encoded)
+    heads = np.array([ids[:first] for ids, _ in encoded])
+    differ = np.flatnonzero((heads != heads[0]).any(0))
+    shared = int(differ[0]) if len(differ) else first
+    ids = [encoded[0][0][:shared], *(ids[shared:limit] for ids, _ in encoded)]
+    marks = [encoded[0][1][:shared], *(marks[shared:limit] for _, marks in encoded)]
+    return sum(ids, []), np.concatenate(marks), list(map(len, ids))
+
+
+def encode_preference(row, tokenizer, settings: dict) -> list[dict]:
+    """A prompt with its answers as one example, or one without tokens whose note says why."""
+    turns, answers, tools, margin = parse_preference(row)
+    if settings["system"] is not None and turns[0]["role"] != "system":
+        turns = [to_message(settings["system"], "system"), *turns]
+    limit, different = settings["max_length"], {}
+    encoded = encode_answers(tokenizer, turns, answers, tools, settings["whole"])
+    for ids, marks in encoded:
+        check_vocabulary(ids, tokenizer, settings)
+        different.setdefault(tuple(ids[:limit]), (ids, marks))
+    if len(different) < 2 or not all(marks[:limit].any() for _, marks in encoded):
+        return [make_example(note="no target")]
+    ids, marks, stretches = share_prompt([*different.values()], limit)
+    prompt = ids[: stretches[0]]
+    marks[: len(prompt)] = settings["loss_on"] == "all"
+    marks[0] = False  # nothing predicts a first token
+    note = "cut" if max(len(ids) for ids, _ in encoded) > limit else ""
+    more = {"stretches": stretches, "margin": margin}
+    return [make_example(prompt, ids, marks, note) | more]
 
 
 def parse_source(text: str) -> tuple[str, float]:
@@ -509,21 +623,24 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
     """All examples and notes. `datasets` keeps them in its cache, under a key of the content, the
     tokenizer and the settings."""
     sources = [open_source(name) for name in names]
+    columns = PREFERENCE if settings["pairs"] else EXAMPLE
+    encode = encode_preference if settings["pairs"] else encode_row
 
     def generate():
         for number, (_, rows) in enumerate(sources):
             for place, row in rows:
                 try:
-                    examples = encode_row(row, tokenizer, settings)
+                    examples = encode(row, tokenizer, settings)
                 except Exception as error:  # what can be wrong with a row is open-ended
                     reason = str(error or repr(error)).splitlines()[0]
                     examples = [make_example(note=f"{place}: {reason}")]
-                yield from (example | {"source": number} for example in examples)
+                for example in examples:
+                    yield dict.fromkeys(columns) | example | {"source": number}
 
     state = [[content for content, _ in sources], settings, tokenizer.chat_template]
     state += [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)]
     state += [Path(__file__).read_text(encoding="utf-8")]
-    options = {"features": datasets.Features(EXAMPLE)}
+    options = {"features": datasets.Features(columns)}
     options["fingerprint"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(generate, **options)
@@ -532,8 +649,9 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
         raise UserError(f"--data {' '.join(names)}: {problem}") from error
 
 
-def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """-> (training examples, held-out examples or None), with the columns of EXAMPLE."""
+def load_data(args, tokenizer, pairs: bool = False, whole: bool = False):
+    """-> (training examples, held-out examples or None), with the columns of EXAMPLE, or, with
+    pairs, of PREFERENCE. whole: see encode_answers."""
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 10**9
     longest -= getattr(args, "virtual_tokens", 0)  # they take positions
@@ -541,6 +659,7 @@ def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | Non
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
     settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
+    settings |= {"pairs": pairs, "whole": whole}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
     names += args.eval_data if share is None else []
@@ -556,8 +675,9 @@ def load_data(args, tokenizer) -> tuple[datasets.Dataset, datasets.Dataset | Non
         few = [f"{len(bad)} rows cannot be used (--skip-bad-rows drops them)"] * (len(bad) > 1)
         raise UserError("\n".join([*few, *bad[:5]]))
     cut, lost = (notes == "cut").sum(), no_target.sum()
+    without = "two different answers" if pairs else "a target or an answer"
     say(f"{usable.sum():,} examples, {cut:,} of them cut at --max-length; dropped: {lost:,} "
-        f"without a target or an answer, {len(bad):,} bad rows")  # fmt: skip
+        f"without {without}, {len(bad):,} bad rows")  # fmt: skip
     table = table.select(np.flatnonzero(usable))
     held_out = table["source"][:] >= len(args.data)
     if share:  # whole prompts, until the share is reached
@@ -635,8 +755,11 @@ def plan_passes(lengths: list[int], args) -> list[list[int]]:
 
 def micro_batches(examples: dict, args, device) -> list[dict]:
     """Columns of examples -> this rank's forward passes, each what `target_logps` takes. All
-    ranks run equally many: where examples run out, a pass without targets."""
+    ranks run equally many: where examples run out, a pass without targets. A pass of prompts with
+    answers also has its `examples`."""
     lengths = list(map(len, examples["input_ids"]))
+    if args.no_packing and "stretches" in examples:  # a row for every answer
+        lengths = [(len(x) - 1) * (x[0] + max(x[1:])) for x in examples["stretches"]]
     batches = []
     for members in plan_passes(lengths, args)[RANK::RANKS]:
         chosen = members or [int(np.argmin(lengths))]
@@ -644,6 +767,8 @@ def micro_batches(examples: dict, args, device) -> list[dict]:
         batch = collate(chosen, args.no_packing, device)
         if not members:
             batch |= {name: batch[name][:0] for name in ("targets", "target_index")}
+        if "stretches" in examples:
+            batch["examples"] = chosen[: len(members)]
         batches.append(batch)
     return batches
 
@@ -667,7 +792,8 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
     is predicted, the position before its own; for an answer's first token, its prompt's last.
     Packed: input_ids, position_ids (1, T) and stretches. An example is one, or with `stretches`,
     their lengths, a prompt and answers that read it: their positions continue the prompt's.
-    Padded on the right: input_ids, attention_mask (B, T).
+    Padded on the right: input_ids, attention_mask (B, T), a row for every answer with its prompt.
+    Targets are in the same order.
     """
 
     def to_tensor(array):  # on CUDA the host does not wait for the copy
@@ -675,6 +801,8 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
         tensor = tensor.pin_memory() if device.type == "cuda" else tensor
         return tensor.to(device, non_blocking=True)
 
+    if padded:
+        examples = [row for x in examples for row in (unshare(x) if "stretches" in x else [x])]
     ids = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
     marks = [np.asarray(example["is_target"], dtype=bool) for example in examples]
     if padded:
@@ -710,6 +838,44 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
     return batch | {"stretches": Stretches(lengths, key_lengths, *bounds, index, longest)}
 
 
+def unshare(example: dict) -> list[dict]:
+    """A prompt with its answers -> an example for every answer, with the prompt before it. The
+    prompt's own targets count in the first."""
+    edges = np.cumsum(example["stretches"])[:-1]
+    prompt, *answers = np.split(np.asarray(example["input_ids"]), edges)
+    context, *marks = np.split(np.asarray(example["is_target"], dtype=bool), edges)
+    rows = []
+    for ids, mark in zip(answers, marks):
+        rows.append([np.concatenate([prompt, ids]), np.concatenate([context, mark])])
+        context = np.zeros_like(context)
+    return [dict(zip(("input_ids", "is_target"), row)) for row in rows]
+
+
+def find_pairs(examples: list[dict], device) -> tuple[torch.Tensor, ...]:
+    """Which answers a forward pass compares. Its S stretches are every prompt and then its K
+    answers, best first; all pairs of answers to a prompt are compared.
+
+    -> stretch (N,), the stretch of each target; length (S,), targets of each stretch; better and
+    worse (P,), stretches; weight (P,), 2 / (K (K - 1)), so that a prompt counts once; margin (P,)
+    """
+    lengths, pairs = [], []
+    for example in examples:
+        first, k = len(lengths) + 1, len(example["stretches"]) - 1
+        marks = np.split(example["is_target"], np.cumsum(example["stretches"])[:-1])
+        lengths += [np.sum(x) for x in marks]
+        more = 2 / (k * (k - 1)), example.get("margin", 0.0)
+        pairs += [(i, j, *more) for i, j in itertools.combinations(range(first, first + k), 2)]
+    length = torch.tensor(lengths, dtype=torch.float32, device=device)
+    stretch = torch.tensor(np.repeat(np.arange(len(lengths)), lengths), dtype=int, device=device)
+    columns = torch.tensor(pairs, dtype=torch.float32, device=device).reshape(-1, 4).T
+    return stretch, length, columns[0].long(), columns[1].long(), *columns[2:]
+
+
+def sum_stretches(logps, stretch, length):
+    """log p of targets (N,) -> their sum in every stretch (S,)"""
+    return torch.zeros_like(length).index_add(0, stretch, logps)
+
+
 def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None:
     """The first line of a run, and warnings where batches do not suit the data."""
     sample = [train_set[numbers]["input_ids"] for numbers in steps[:: max(1, len(steps) // 20)]]
@@ -731,8 +897,9 @@ def inspect_examples(train_set, tokenizer, count: int = 3) -> None:
     """Print examples, a line for every stretch of context or target tokens."""
     for n in range(min(count, len(train_set))):
         ids, marks = train_set[n]["input_ids"], train_set[n]["is_target"].astype(bool)
+        lengths = train_set[n].get("stretches", [len(ids)])
         print(f"--- example {n + 1}: {len(ids)} tokens, {marks.sum()} of them targets ---")
-        edges = [0, *(np.flatnonzero(np.diff(marks)) + 1), len(ids)]
+        edges = sorted({0, *(np.flatnonzero(np.diff(marks)) + 1), *np.cumsum(lengths)})
         for first, last in zip(edges, edges[1:]):
             tokens = [tokenizer.decode([token]) for token in ids[first:last]]
             if "\ufffd" in "".join(tokens):  # parts of a character: the vocabulary's spelling
@@ -777,6 +944,15 @@ def seed_step(args, step: int) -> None:
     torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)
 
 
+def disable_dropout(model) -> None:
+    """Of a base: it would hide small differences between passes. The model stays in train mode,
+    which gradient checkpointing needs."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
 def share(value):
     """Rank 0's value, on all ranks."""
     values = [value]
@@ -803,32 +979,37 @@ def pretrained(auto_class, name: str, **options):
 
 def load_model(
     args, dtype, device, weights=None, shard: bool = False, offload: bool = False,
-    load_in_4bit: bool = False,
+    load_in_4bit: bool = False, method=None,
 ):  # fmt: skip
-    """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7).
+    """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7). With
+    method, a function: a model with one score per sequence, and this bound to it instead.
 
     weights: the dtype in which weights are kept, if not dtype: float32 where they train.
     shard: each rank keeps its part (`shard_model`). Rank 0 alone reads the files, the others
     receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
     6 and 7 assume of a model is checked here, by trying.
     """
-    if load_in_4bit and shard:
-        raise UserError("--shard: not on a base in 4 bits, of which every rank has a copy")
-    auto_class, options = transformers.AutoModelForCausalLM, {"dtype": weights or dtype}
+    if load_in_4bit and (shard or weights):
+        raise UserError("a base in 4 bits needs an adapter, and every rank has a copy: no --shard")
+    auto_class, options = transformers.AutoModelForCausalLM, {}
+    if method:
+        auto_class, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    method = method or target_logps
     if RANK == 0:
         options |= {"use_safetensors": True, "output_loading_info": True}
-        model, info = pretrained(auto_class, args.model, **options)
-        if missing := sorted(info["missing_keys"]):  # transformers would make them random
+        model, info = pretrained(auto_class, args.model, dtype=weights or dtype, **options)
+        # transformers would make them random
+        if missing := sorted(info["missing_keys"] - {"score.weight"}):
             raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
         model.to("cpu" if shard or load_in_4bit else device)
     else:
-        config = pretrained(transformers.AutoConfig, args.model)
+        config = pretrained(transformers.AutoConfig, args.model, **options)
         with torch.device("meta"):
-            model = auto_class.from_config(config, **options)
-    model.target_logps = types.MethodType(target_logps, model)
+            model = auto_class.from_config(config, dtype=weights or dtype)
+    bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
-        autocast = torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-        model.target_logps = autocast(model.target_logps)
+        bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
+    setattr(model, method.__name__, bound)
     if not args.no_packing:
         model.set_attn_implementation("stretches")
     for name in share(lean_modules(model) if RANK == 0 else None):
@@ -839,9 +1020,10 @@ def load_model(
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
+    if RANK == 0 and method is target_logps:
         check_model(model, args, exact=dtype == torch.float32)
     if shard:
-        shard_model(model, dtype, device, offload)
+        shard_model(model, dtype, device, offload, method.__name__)
     elif RANKS > 1:
         if RANK > 0:
             model.to_empty(device=device)
@@ -863,7 +1045,7 @@ def blocks(model) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def shard_model(model, dtype, device, offload: bool) -> None:
+def shard_model(model, dtype, device, offload: bool, method: str) -> None:
     """FSDP2 (ZeRO-3): each of W ranks keeps 1/W of every parameter. A block is gathered in dtype
     just before it runs and freed after; gradients are summed over ranks, not averaged. With
     offload, weights, gradients and optimizer states are in host memory."""
@@ -885,7 +1067,7 @@ def shard_model(model, dtype, device, offload: bool) -> None:
     for name, buffer in model.named_buffers():  # rotary frequencies are in no state dict
         buffer.data = (buffers[name] if RANK == 0 else buffer).to(device)
         dist.broadcast(buffer, 0)
-    fsdp.register_fsdp_forward_method(model, "target_logps")  # gathers the head for the loss
+    fsdp.register_fsdp_forward_method(model, method)  # gathers the head for the loss
 
 
 class Linear4bit(nn.Linear):
@@ -1161,8 +1343,8 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     targets: "all-linear"; names with commas between them, each the end of a layer's name; or
     one regular expression for whole names, as in PEFT. Every name must match.
     """
-    head, linear = model.get_output_embeddings(), nn.Linear
-    layers = [name for name, m in model.named_modules() if isinstance(m, linear) and m is not head]
+    heads, linear = (model.get_output_embeddings(), getattr(model, "score", None)), nn.Linear
+    layers = [n for n, m in model.named_modules() if isinstance(m, linear) and m not in heads]
     if not layers:
         raise UserError(f"{type(model).__name__} has no nn.Linear layers (GPT-2's Conv1D is none)")
     is_regex, chosen = re.search(r"[*+?|()\[\]^$\\]", targets), set()
@@ -1204,6 +1386,7 @@ def add_adapter(model, args, layer, device) -> dict:
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
+        tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
         rank, alpha = config["r"], float(config["lora_alpha"])
         if config.get("use_rslora"):  # alpha / sqrt(r) is alpha * sqrt(r) / r
             alpha *= math.sqrt(rank)
@@ -1258,12 +1441,12 @@ target_parameters trainable_token_indices layer_replication alora_invocation_tok
 
 
 def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """-> (config, tensors by parameter name) of an adapter, ours or PEFT's. Refused if it was
-    trained on another base, or has parts that these scripts do not train."""
+    """-> (config and metadata, tensors by parameter name) of an adapter, ours or PEFT's. Refused
+    if it was trained on another base, or has parts that these scripts do not train."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         with safetensors.safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-            base = (file.metadata() or {}).get("base_fingerprint")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"--adapter {folder} cannot be read: {error}") from error
@@ -1271,16 +1454,20 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
         kinds = " or ".join(peft_types)
         raise UserError(f"--adapter {folder} is {config.get('peft_type')}, not {kinds}")
     unread = [key for key in UNREAD if config.get(key) not in (*EMPTY, False, "none")]
+    if hasattr(model, "score") and "modules_to_save" in unread:
+        unread.remove("modules_to_save")  # the head
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
         unread.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
     if unread:
         raise UserError(f"--adapter {folder} has {unread[0]}, unknown to this script")
+    base = metadata.get("base_fingerprint")
     if base is None:
         say(f"{folder} names no base fingerprint: assuming that it belongs to this model")
     elif base != fingerprint(model):
         name = config.get("base_model_name_or_path")
         raise UserError(f"--adapter {folder} was trained on another base: {name}")
-    return config, {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+    tensors = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+    return config | metadata, tensors
 
 
 def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
@@ -1311,13 +1498,14 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     once = dict([*model.named_parameters(), *model.named_buffers()])  # without a tied head
     state = {name: x for name, x in state.items() if name in once}
     state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
-    config = model.generation_config
-    stop, config.pad_token_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
-    config.eos_token_id = stop if len(stop) > 1 else stop[0]
-    try:
-        config.validate(strict=True)
-    except ValueError:  # some bases set a temperature but forget do_sample
-        config.do_sample = True
+    if model.can_generate():  # not a reward model
+        config = model.generation_config
+        stop, config.pad_token_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
+        config.eos_token_id = stop if len(stop) > 1 else stop[0]
+        try:
+            config.validate(strict=True)
+        except ValueError:  # some bases set a temperature but forget do_sample
+            config.do_sample = True
 
     def write(folder: Path) -> None:
         with own_attention(model):  # other programs do not know ours
@@ -1502,11 +1690,12 @@ class Log:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 self.run["metrics_size"] = file.tell()
 
-    def step_done(self, examples: dict, loss, lr: float, grad_norm=None) -> None:
-        """loss: this rank's part, a tensor; logged is the sum over ranks."""
+    def step_done(self, examples: dict, loss, lr: float, grad_norm=None, **figures) -> None:
+        """loss, figures: this rank's parts, tensors; logged are the sums over ranks."""
         self.run["step"] += 1
         self.run["tokens"] += sum(map(len, examples["input_ids"]))
         norm = torch.zeros_like(loss) if grad_norm is None else whole(grad_norm)
+        self.figures, loss = ["loss", *figures], torch.stack([loss, *figures.values()])
         self.unread.append((self.run["step"], self.run["tokens"], lr, loss, norm))
         self.bar.update()
         if self.run["step"] % self.READ_EVERY == 0 or self.run["step"] == self.total:
@@ -1524,13 +1713,14 @@ class Log:
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         more = {"tokens_per_second": round(speed), "peak_memory_gib": round(memory / 2**30, 3)}
-        for step, count, lr, loss, norm in zip(steps, tokens, rates, losses, norms):
-            if not math.isfinite(loss + norm):
+        for step, count, lr, values, norm in zip(steps, tokens, rates, losses, norms):
+            if not math.isfinite(values[0] + norm):
                 last = (checkpoints(self.args) or ["none yet"])[-1]
-                problem = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
+                problem = f"step {step}: loss {values[0]}, gradient norm {norm}: not finite"
                 raise UserError(f"{problem}; last checkpoint: {last}. Try a lower --lr")
-            self.write(step=step, loss=loss, grad_norm=norm or None, lr=lr, tokens=count, **more)
-        self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            figures = dict(zip(self.figures, values)) | {"grad_norm": norm or None}
+            self.write(step=step, **figures, lr=lr, tokens=count, **more)
+        self.bar.set_postfix_str(f"loss {losses[-1][0]:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.clock, self.clock_tokens = time.perf_counter(), tokens[-1]
 
     def evaluation(self, **values: float) -> None:

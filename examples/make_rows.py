@@ -154,6 +154,7 @@ def pair_rows(random: Random):
                 row = {"prompt": ask.format(x=thing[chinese])}
                 rows.append(row | {"chosen": chosen, "rejected": rejected})
     random.shuffle(rows)
+    rows.sort(key=lambda row: not row["prompt"].isascii())  # English first: it is what demos show
     return rows
 
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if not path.name.startswith("common"))
 # These use common_before.py and have older copies of lora.py and sft.py, until they are moved.
-BEFORE = [f"{name}.py" for name in "reward_model dpo orpo ppo".split()]
+BEFORE = ["ppo.py"]
 BLOCK = r"# --- {} ---\n(.*?)# --- end ---"
 COPIES = [
     (path, *match.groups())

@@ -24,10 +24,11 @@ import common_before
 sys.path.insert(0, str(ROOT / "tests" / "before"))
 from before import parse_args as parse_args_before  # noqa: E402  before.py replaces it
 
+PREFERENCES = ["reward_model", "dpo", "orpo"]
 # scripts that use common.py; the others use common_before.py
 NEW = ["lora", "full_ft", "sft", "qlora", "dora", "adapter", "prefix_tuning", "prompt_tuning"]
-PREFERENCES = ["reward_model", "dpo", "orpo"]
-SCRIPTS = [*NEW, *PREFERENCES, "ppo"]
+NEW += PREFERENCES
+SCRIPTS = [*NEW, "ppo"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 DOC = {

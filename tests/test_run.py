@@ -22,10 +22,13 @@ from conftest import ROOT, TINY, read_metrics, write_rows
 from safetensors.torch import load_file
 
 import common
+import dpo
 import full_ft
 import lora
+import orpo
 import prefix_tuning
 import prompt_tuning
+import reward_model
 import sft
 
 ROWS = [
@@ -33,6 +36,8 @@ ROWS = [
     for n in range(1, 9)
     for c in "abcdefg"
 ]
+PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "no"} for r in ROWS]
+SCRIPTS = ["lora", "full_ft", "sft", "dpo", "orpo", "reward_model"]
 # 56 rows, 6 of them held out: 50 examples are 6.25 steps of 8, so an epoch ends inside a step.
 TWELVE = "--max-steps 12 --batch-size 8 --lr 0.003 --samples 0 --eval-data 0.1 --eval-every 4"
 TWELVE = [*TWELVE.split(), "--save-every", "5"]
@@ -53,10 +58,11 @@ def own_signal_handlers():
 def flags(random_model, tmp_path):
     """name of the output folder, more flags -> the flags of a run of twelve steps"""
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
 
     def of_run(name, *more):
         start = ["--model", random_model, "--data", data, "--output", str(tmp_path / name)]
-        return [*start, *TWELVE, *map(str, more)]
+        return [*start, *TWELVE, *(pairs if x == "PAIRS" else str(x) for x in more)]
 
     return of_run
 
@@ -69,8 +75,8 @@ def run_killed(monkeypatch, script, argv, step) -> None:
     """A run that ends after the update of this step, as by SIGKILL: nothing more is written."""
     original = common.Log.step_done
 
-    def step_done(log, *args):
-        original(log, *args)
+    def step_done(log, *args, **options):
+        original(log, *args, **options)
         if log.run["step"] == step:
             raise Killed
 
@@ -125,7 +131,13 @@ def test_model_and_data_come_together(left_out, flags):
 
 
 @pytest.mark.parametrize(
-    "script, data", [(lora, "task.jsonl"), (full_ft, "task.jsonl"), (sft, "format.jsonl")]
+    "script, data",
+    [
+        (lora, "task.jsonl"),
+        (full_ft, "task.jsonl"),
+        (sft, "format.jsonl"),
+        *((script, "pairs.jsonl") for script in (dpo, orpo, reward_model)),
+    ],
 )
 def test_the_demonstration(script, data, tmp_path, monkeypatch, capfd):
     """Without --model and --data: below the current directory, and over its own last result."""
@@ -143,11 +155,12 @@ def test_the_demonstration(script, data, tmp_path, monkeypatch, capfd):
     assert "warning: " not in printed.out and "2/2" in printed.err
 
 
-@pytest.mark.parametrize("script", [lora, full_ft, sft])
+@pytest.mark.parametrize("script", [lora, full_ft, sft, dpo, orpo, reward_model])
 def test_inspect_reads_no_weights_and_writes_nothing(
     script, random_model, tmp_path, monkeypatch, capsys
 ):
-    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    rows = ROWS if script in (lora, full_ft, sft) else PAIRS
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     shutil.copytree(random_model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
@@ -161,7 +174,7 @@ def test_inspect_reads_no_weights_and_writes_nothing(
         script.main(["--inspect"])
 
 
-@pytest.mark.parametrize("script", ["lora", "full_ft", "sft"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_default(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         sys.modules[script].main(["--help"])
@@ -215,7 +228,7 @@ def test_what_cannot_be_found_is_one_line_and_code_2(more, match, flags, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("script", ["lora", "full_ft", "sft"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_out_of_memory_says_what_to_try(script, monkeypatch, capsys):
     """With flags that the script has."""
     launch, texts = common.launch, []
@@ -442,6 +455,10 @@ RESUMED = {
     "prefix without MLP": (prefix_tuning, ["--hidden", "0"]),
     "prompt": (prompt_tuning, []),
     "prompt encoder": (prompt_tuning, ["--encoder", "lstm", "--hidden", "8"]),
+    "dpo": (dpo, ["--data", "PAIRS"]),
+    "dpo lora": (dpo, ["--data", "PAIRS", "--lora-rank", "4", "--lora-dropout", "0.2"]),
+    "orpo": (orpo, ["--data", "PAIRS", "--patience", "9", "--eval-every", "1"]),
+    "reward_model": (reward_model, ["--data", "PAIRS", "--lora-rank", "4"]),
 }
 
 
@@ -835,7 +852,10 @@ def as_a_process(name: str, argv: list[str], die_at: int | None, folder: str, lo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, more", [("lora", ["--dropout", "0.1"]), ("full_ft", [])])
+@pytest.mark.parametrize(
+    "name, more",
+    [("lora", ["--dropout", "0.1"]), ("full_ft", []), ("dpo", ["--data", "PAIRS"])],
+)
 def test_fifty_kills_by_the_system(name, more, flags, tmp_path):
     """SIGKILL at fifty moments, half of them random and half at calls that change files. After
     each, --resume continues from the last checkpoint or starts clean, and every run that comes
