@@ -223,18 +223,16 @@ def held_out_loss(model, eval_set, args, device) -> float:
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
     """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
     text is continued from its middle. Logs how many answers are exactly the data's."""
-    rows = [examples[n] for n in range(min(args.samples, len(examples)))]
-    edges = [np.flatnonzero(np.diff(row["is_target"].astype(int)) == 1) + 1 for row in rows]
-    starts = [
-        e[-1] if len(e) and e[-1] > 1 else len(r["input_ids"]) // 2 for e, r in zip(edges, rows)
-    ]
-    prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
-    data = [row["input_ids"][start:] for row, start in zip(rows, starts)]
-    answers = []
+    prompts, data, answers = [], [], []
+    for row in (examples[n] for n in range(min(args.samples, len(examples)))):
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
+        prompts.append(row["input_ids"][:start])
+        data.append(row["input_ids"][start:])
     for first in range(0, len(prompts), 32):
         answers += common.generate(model, tokenizer, prompts[first : first + 32], device)
     prompts, data = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (prompts, data))
-    if rows:
+    if answers:
         exact = [answer.strip() == right.strip() for answer, right in zip(answers, data)]
         log.evaluation(exact_match=sum(exact) / len(exact))
     return list(zip(prompts, answers, data))

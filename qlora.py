@@ -10,23 +10,19 @@ equations 5 and 6:
     absmax          (n / 64,)          the largest |w| of every 64 weights, itself in 8 bits
     A, B, s         as in lora.py      float32
 
-Three ideas save memory; the functions below are the first two:
+Three ideas save memory, the first two in functions below; a weight takes 4.127 bits:
   NF4                   Weights are nearly normal, so the codes are quantiles of the normal
                         distribution: 8 positive, 7 negative and 0, divided by the largest.
   double quantisation   absmax costs 32 / 64 = 0.5 bits a weight. Its mean is subtracted and the
                         rest coded in 8 bits (256 values, dense near 0), with a float32 scale for
                         every 256 of them: 8 / 64 + 32 / (64 * 256) = 0.127 bits.
-  paged optimizer       --optimizer paged_adamw8bit: AdamW's states may move to host memory when
-                        the GPU runs short. bitsandbytes then waits for the GPU after every
-                        parameter, and pages only states of 100,000 elements or more, so plain
-                        AdamW is the default.
-A weight takes 4.127 bits; the run prints what it really takes.
+  paged optimizer       --optimizer paged_adamw8bit: AdamW's states move to host memory when the
+                        GPU runs short. It waits for the GPU after every parameter.
 
 Choices and departures from the paper
-  - bitsandbytes quantises and multiplies (common.py, Linear4bit): few tokens by W4 directly; for
-    many, and in the backward pass, it dequantises a layer first. `nf4_quantize` gives its bytes
-    to the last bit. `double_quantize` gives the nearest code; bitsandbytes' CPU kernel is one
-    code off about once in a thousand. Merging uses the two `*_dequantize` functions; the
+  - bitsandbytes quantises and multiplies (common.py, Linear4bit). `nf4_quantize` gives its bytes
+    to the last bit; `double_quantize` the nearest code, from which bitsandbytes' CPU kernel is
+    one off about once in a thousand. Merging uses the two `*_dequantize` functions; the
     `*_quantize` functions are there to be read.
   - Every linear layer but the output head is quantised and adapted. Embedding, head and norms
     stay in bfloat16; norms compute in float32.
@@ -36,13 +32,11 @@ Questions people ask
   Why 4 bits?     For memory: a 7B base takes 3.9 GB instead of 13.5. Not for speed: every pass
                   dequantises the weights.
   What is merged? --merge-only adds s B A to dequant(W4), beside which it was trained, and saves
-                  bfloat16. --merge-base original adds it to the weights as they were. The
-                  command prints how far the logits move. Nothing is quantised again.
+                  bfloat16. --merge-base original adds it to the weights as they were.
   And with PEFT?  AutoPeftModelForCausalLM.from_pretrained("runs/qlora", quantization_config=
                   BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                   bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)).
                   Without the config, on the original weights, as --merge-base original.
-  On a CPU?       It runs, in float32, for tests and study. Layers need a multiple of 64 inputs.
 
 Measured: `python qlora.py` answers 0 of 100 held-out prompts exactly before, and 99, 100 and 100
 after (--seed 0, 1, 2), in 13 s (two CPU cores, torch 2.13, 2026-11-26).
@@ -62,8 +56,7 @@ from torch import nn
 import common
 
 # Quantiles of the standard normal at linspace(0.9677083, 0.5, 9)[:-1] (positive) and
-# linspace(0.9677083, 0.5, 8)[:-1] (negative), and 0, divided by the largest. Written out, because
-# half of them do not come back exactly from the formula.
+# linspace(0.9677083, 0.5, 8)[:-1] (negative), divided by the largest, as bitsandbytes rounds them.
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -272,18 +265,16 @@ def held_out_loss(model, eval_set, args, device) -> float:
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
     """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
     text is continued from its middle. Logs how many answers are exactly the data's."""
-    rows = [examples[n] for n in range(min(args.samples, len(examples)))]
-    edges = [np.flatnonzero(np.diff(row["is_target"].astype(int)) == 1) + 1 for row in rows]
-    starts = [
-        e[-1] if len(e) and e[-1] > 1 else len(r["input_ids"]) // 2 for e, r in zip(edges, rows)
-    ]
-    prompts = [row["input_ids"][:start] for row, start in zip(rows, starts)]
-    data = [row["input_ids"][start:] for row, start in zip(rows, starts)]
-    answers = []
+    prompts, data, answers = [], [], []
+    for row in (examples[n] for n in range(min(args.samples, len(examples)))):
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
+        prompts.append(row["input_ids"][:start])
+        data.append(row["input_ids"][start:])
     for first in range(0, len(prompts), 32):
         answers += common.generate(model, tokenizer, prompts[first : first + 32], device)
     prompts, data = (tokenizer.batch_decode(x, skip_special_tokens=True) for x in (prompts, data))
-    if rows:
+    if answers:
         exact = [answer.strip() == right.strip() for answer, right in zip(answers, data)]
         log.evaluation(exact_match=sum(exact) / len(exact))
     return list(zip(prompts, answers, data))
