@@ -56,8 +56,9 @@ Questions people ask
 
 Measured: `python dpo.py` takes the accuracy on 105 held-out pairs from 0.50 (all tie) to 0.91, 0.92
 and 0.92 with seeds 0, 1 and 2 (two CPU cores, torch 2.13, 2026-11-26). chosen_logps goes
-from -3.5 to -3.3, and answers stay whole sentences.
-SPEED
+from -3.5 to -3.3, and answers stay whole sentences. Shared prompts, SmolLM2-135M with --lora-rank
+16 on examples/preferences.jsonl: 1.55 times fewer tokens, and 1.39 times less CPU time a step (one
+thread, median of 7 pairs of steps).
 
     python dpo.py                                       # the bundled model learns to be kind
     python dpo.py --model CHAT --data pairs.jsonl --lora-rank 16 --lr 2e-5

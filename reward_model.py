@@ -44,6 +44,7 @@ to 1.00 with seeds 0, 1 and 2 (two CPU cores, torch 2.13, 2026-11-26).
     python reward_model.py --score --model runs/reward --data rows.jsonl --output runs/scores
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -163,7 +164,21 @@ def load_reward_model(args, dtype, device):
     if args.score and not has_head:
         raise common.UserError(f"--score: {args.adapter or args.model} is no reward model")
     common.disable_dropout(model)
+    if not args.no_packing:
+        check_packing(model, args, device, exact=dtype == torch.float32)
     return model, config, offset
+
+
+def check_packing(model, args, device, exact: bool) -> None:
+    """Answers that share a prompt must have the rewards of padded ones: nothing leaks."""
+    ids = np.arange(24) * 5 % 17 + 3
+    columns = {"input_ids": ids, "is_target": ids > 0, "stretches": np.array([9, 8, 7])}
+    columns, padded = {key: [x] for key, x in columns.items()}, copy.copy(args)
+    padded.no_packing, found = True, torch.tensor(score(model, columns, args, device))
+    with common.own_attention(model):
+        expected = torch.tensor(score(model, columns, padded, device))
+    if (found - expected).abs().max() > (1e-4 if exact else 0.1) * expected.abs().max():
+        raise common.UserError(f"{type(model).__name__} cannot be packed: --no-packing may help")
 
 
 def choose_pad_token(args, tokenizer) -> None:

@@ -322,6 +322,18 @@ def test_what_cannot_be_scored_is_an_error(row, match, train, score):
         score([row], "--model", folder, "--max-length", 100)
 
 
+def test_a_model_that_cannot_keep_answers_apart_is_refused(random_model, tmp_path):
+    """BLOOM's positions are those of the whole sequence."""
+    config = transformers.BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    transformers.AutoTokenizer.from_pretrained(random_model).save_pretrained(tmp_path / "bloom")
+    args = arguments(reward_model, tmp_path, ROWS, "--model", tmp_path / "bloom")
+    with pytest.raises((common.UserError, NotImplementedError, TypeError)):
+        load(args)
+    args.no_packing = True
+    load(args)
+
+
 # -------------------------------------------------------------------------------- whole runs
 
 
