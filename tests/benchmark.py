@@ -54,7 +54,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 PREFERENCES = ("dpo", "orpo", "reward")
 METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
 # scripts that use common.py; the others use common_before.py
-NEW = ("lora", "dora", "qlora", "full", "sft")
+NEW = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES)
 PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 
@@ -112,7 +112,10 @@ def make_work(folder: Path, args) -> None:
 
 
 def examples_of_a_step(args) -> int:
-    """Of one process: as many documents as fill the packed rows, or one padded micro-batch."""
+    """Of one process: as many documents as fill the packed rows, or one padded micro-batch; or
+    pairs."""
+    if args.method in PREFERENCES:
+        return args.rows
     if "padding" in args.against:
         return PADDED
     return args.rows * max(1, args.length // args.document)
@@ -337,8 +340,8 @@ def watch(script, meter) -> None:
 
     step_done = common.Log.step_done
 
-    def timed_step_done(log, *rest):
-        step_done(log, *rest)
+    def timed_step_done(log, *rest, **figures):
+        step_done(log, *rest, **figures)
         meter.step()
 
     def answer_samples(*rest):  # before and after training

@@ -58,7 +58,7 @@ COLORS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcb
 BUDGET = "--max-length 384 --batch-size 3 --eval-every 1000 --samples 0"
 # scripts that use common.py, with flags of their own
 NEW = ("lora.py", "dora.py", "qlora.py", "adapter.py", "full_ft.py", "sft.py", "prefix_tuning.py")
-NEW += ("prompt_tuning.py",)
+NEW += ("prompt_tuning.py", "reward_model.py", "dpo.py", "orpo.py")
 BUDGETS = {
     "$N": f"--eval-data 0.002 {BUDGET} --micro-batch-tokens 1152",
     "$G": f"--eval-fraction 0.002 {BUDGET} --no-packing --log-every 2",

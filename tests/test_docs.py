@@ -302,11 +302,10 @@ def test_what_a_run_leaves_answers_through_peft_and_transformers(trained, tmp_pa
 # -------------------------------------------------------------------------- metrics and flags
 
 
-@pytest.mark.parametrize("script", [*NEW, *PREFERENCES, "ppo"])
+@pytest.mark.parametrize("script", [*NEW, "ppo"])
 def test_every_metric_is_explained(script, trained):
     """In the README's table or, of ppo.py, at its top. `step` needs no word."""
     more = ["--samples", "1"] if script in NEW else ["--log-every", "1"] * (script != "ppo")
-    more += ["--exact-match", "1"] * (script in ("dpo", "orpo"))
     lines = read_metrics(trained(script, *more))
     lines = [line for line in lines if "run" not in line and "done" not in line]
     written = {name for line in lines for name in line} - {"step"}
