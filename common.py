@@ -357,6 +357,9 @@ def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
     """A prompt and its answers, or whole conversations that part in their last turn
     -> (prompt, answers, best first, tools, margin)."""
     left = take_fields(row)
+    if {"messages", "rejected_response"} <= left.keys():  # ms-swift
+        *left["prompt"], left["chosen"] = left.pop("messages")
+        left["rejected"] = left.pop("rejected_response")
     if "responses" in left:
         ranked = dict(enumerate(left.pop("responses")))
         answers = [take_answer(ranked, n) for n in [*ranked]]
@@ -364,14 +367,9 @@ def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
         if left.get("messages") == left["chosen"]:  # UltraFeedback has them twice
             left.pop("messages", None)
         answers = [take_answer(left, key) for key in ("chosen", "rejected")]
-    elif "rejected_response" in left:
-        raise ValueError("messages with rejected_response (the layout of ms-swift) is not read")
     else:
         raise ValueError("no chosen and rejected, and no responses: pairs of answers are needed")
-    if turns := [key for key in LAYOUTS[0] if key in left]:
-        problem = "with chosen and rejected (the layout of LLaMA-Factory) is not read"
-        raise ValueError(f"{turns[0]} {problem}")
-    field = next((key for key in PROMPTS if key in left), None)
+    field = next((key for key in (*PROMPTS, *LAYOUTS[0]) if key in left), None)
     prompt, context = take_prompt(left, field) if field else [], answers[0][:-1]
     if any(answer[:-1] != context for answer in answers):
         raise ValueError("the answers do not have the same turns before their last one")
@@ -383,7 +381,7 @@ def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
     margin = left.pop("margin", None) or 0.0
     if not isinstance(margin, int | float) or not math.isfinite(margin):
         raise ValueError(f"field 'margin' is {margin!r:.40}, not a number")
-    check_unused(left, (*MEANINGFUL, *SAID, *PROMPTS, *ANSWERS))
+    check_unused(left, (*MEANINGFUL, *SAID, *PROMPTS, *ANSWERS, *LAYOUTS[0]))
     return turns, [answer[-1] for answer in answers], tools, float(margin)
 
 

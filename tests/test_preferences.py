@@ -52,6 +52,8 @@ READ = {  # row -> the prompt that must come out
         {"instruction": "Q", "input": "C", "history": [["Q", "A"]], **PAIR},
         [Q, turn("assistant", "A"), turn("user", "Q\n\nC")],
     ),
+    "LLaMA-Factory": ({"conversations": [Q], "chosen": GOOD, "rejected": BAD}, [Q]),
+    "ms-swift": ({"messages": [*LONG, GOOD], "rejected_response": "bad"}, LONG),
     "ranked": ({"prompt": "Q", "responses": ["good", "bad"]}, [Q]),
 }  # fmt: skip
 
@@ -71,8 +73,6 @@ def test_margin_and_tools_are_read():
 
 REFUSED = [
     ({"prompt": "Q", "completion": "A", "label": True}, "pairs of answers are needed"),
-    ({"conversations": [Q], "chosen": GOOD, "rejected": BAD}, "LLaMA-Factory"),
-    ({"messages": [Q, GOOD], "rejected_response": "bad"}, "ms-swift"),
     ({"prompt": "Q", "chosen": [Q, GOOD], "rejected": [LONG[0], LONG[1], Q, BAD]}, "same turns"),
     ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "not those of 'prompt'"),
     ({"prompt": "Q", "messages": [Q, BAD], "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "messages"),
