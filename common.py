@@ -997,7 +997,7 @@ def load_model(
         options |= {"use_safetensors": True, "output_loading_info": True}
         model, info = pretrained(auto_class, args.model, dtype=weights or dtype, **options)
         # transformers would make them random
-        if missing := sorted(info["missing_keys"] - {"score.weight"}):
+        if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
             raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
         model.to("cpu" if shard or load_in_4bit else device)
     else:

@@ -315,11 +315,6 @@ def test_an_adapter_that_all_parameters_would_need_is_asked_for(run):
         run("run", "--load-in-4bit")
 
 
-def test_label_smoothing_is_for_one_loss(run):
-    with pytest.raises(common.UserError, match="--label-smoothing"):
-        run("run", "--loss", "ipo", "--label-smoothing", 0.1)
-
-
 def test_the_samples_are_on_the_screen(run, capsys):
     run("run", "--samples", 1)
     printed = capsys.readouterr().out
