@@ -118,7 +118,10 @@ def test_a_step_of_ours_is_one_forward_pass(method, against, tmp_path, monkeypat
     with pytest.raises(Begun):
         script = importlib.import_module(benchmark.script_of(method))
         script.main(benchmark.flags_of(str(tmp_path), args))
-    if against == "trl":  # 2 rows of 256 tokens hold 8 documents of 64
+    if method in benchmark.PREFERENCES:  # pairs, of which a padded batch has a row for each answer
+        rows = 1 if against == "trl" else 2 * seen[0][0]
+        assert [shape[0] for _, _, shape in seen] == [rows] * 3 and seen[0][0] > 1
+    elif against == "trl":  # 2 rows of 256 tokens hold 8 documents of 64
         assert seen == [(8, 512, (1, 512))] * 3
     else:
         assert [(count, shape[0]) for count, _, shape in seen] == [(16, 16)] * 3
