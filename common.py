@@ -317,9 +317,13 @@ def take_system_and_tools(left: dict, turns: list[dict]) -> tuple[list[dict], li
     return turns, json.loads(tools) if isinstance(tools, str) else tools
 
 
-def parse_row(row) -> tuple[str | list[dict], list | None]:
-    """A training row of any of LAYOUTS -> (raw text or messages, tools)."""
+def parse_row(row, prompts_alone: bool = False) -> tuple[str | list[dict], list | None]:
+    """A training row of any of LAYOUTS -> (raw text or messages, tools). prompts_alone: it may
+    have no answer, or be a preference, whose best answer is taken."""
     left = take_fields(row)
+    if prompts_alone and {"chosen", "responses"} & left.keys():
+        turns, answers, tools, _ = parse_preference(row)
+        return [*turns, answers[0]], tools
     if {"chosen", "rejected"} <= left.keys():
         raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
     fields = [next((name for name in names if name in left), None) for names in LAYOUTS]
@@ -329,8 +333,9 @@ def parse_row(row) -> tuple[str | list[dict], list | None]:
         if isinstance(left[conversation], str):
             raise ValueError(f"field {conversation!r} is text, not a list of messages")
         turns = take_messages(left, conversation, "user")
-    elif prompt and answer:
-        turns = take_prompt(left, prompt) + take_messages(left, answer, "assistant")
+    elif prompt and (answer or prompts_alone):
+        turns = take_prompt(left, prompt)
+        turns += take_messages(left, answer, "assistant") if answer else []
         meaningful += PROMPTS + ANSWERS
     elif text:
         (message,) = take_messages(left, text, "user")
@@ -525,7 +530,7 @@ def make_example(prompt=(), ids=(), marks=(), note: str = "") -> dict:
 
 def encode_row(row, tokenizer, settings: dict) -> list[dict]:
     """The examples of a row, or one without tokens whose note says why."""
-    turns, tools = parse_row(row)
+    turns, tools = parse_row(row, settings["prompts_alone"])
     limit, system, eos = settings["max_length"], settings["system"], tokenizer.eos_token_id
     if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
         ids = tokenizer(turns).input_ids if turns.strip() else [eos]
@@ -535,6 +540,12 @@ def encode_row(row, tokenizer, settings: dict) -> list[dict]:
     else:
         if system is not None and turns[0]["role"] != "system":
             turns = [to_message(system, "system"), *turns]
+        if settings["prompts_alone"] and turns[-1]["role"] != "assistant":
+            options = {"tokenize": False, "add_generation_prompt": True}
+            text = tokenizer.apply_chat_template(turns, tools=tools, **options)
+            ids = tokenizer(text, add_special_tokens=tokenizer.chat_template == JOINED).input_ids
+            note = "" if len(ids) <= limit else "no target"
+            return [make_example(ids, ids, np.zeros(len(ids), dtype=bool), note)]
         encoded = encode_conversation(tokenizer, turns, tools)
         prompt = encoded[0][0][: encoded[0][1].argmax()] if encoded else []
     examples = []
@@ -647,9 +658,9 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
         raise UserError(f"--data {' '.join(names)}: {problem}") from error
 
 
-def load_data(args, tokenizer, pairs: bool = False, whole: bool = False):
+def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     """-> (training examples, held-out examples or None), with the columns of EXAMPLE, or, with
-    pairs, of PREFERENCE. whole: see encode_answers."""
+    pairs, of PREFERENCE. whole: see encode_answers. prompts_alone: rows may have no answer."""
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 10**9
     longest -= getattr(args, "virtual_tokens", 0)  # they take positions
@@ -657,7 +668,7 @@ def load_data(args, tokenizer, pairs: bool = False, whole: bool = False):
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
     settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
-    settings |= {"pairs": pairs, "whole": whole}
+    settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
     names += args.eval_data if share is None else []
@@ -1631,17 +1642,26 @@ def stop_ids(model, tokenizer) -> list[int]:
     return [token for token in dict.fromkeys(stop) if token is not None]
 
 
-def generate(model, tokenizer, prompts: list[list[int]], device, max_new_tokens=128) -> list[str]:
-    """Greedy answers to prompts (token ids), in one left-padded batch."""
+def generate(model, tokenizer, prompts: list[list[int]], device, **settings) -> list[str]:
+    """The texts of `generate_ids`."""
+    answers = generate_ids(model, tokenizer, prompts, device, **settings)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+
+
+def generate_ids(model, tokenizer, prompts: list, device, **settings) -> list[list[int]]:
+    """Answers to prompts, both token ids, in one left-padded batch. An answer ends with its first
+    stop token, or is cut off. settings: of GenerationConfig, greedy and 128 tokens by default."""
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
-    config = transformers.GenerationConfig(**settings, eos_token_id=stop_ids(model, tokenizer))
-    options = {"attention_mask": mask, "generation_config": config, "synced_gpus": RANKS > 1}
+    stop = stop_ids(model, tokenizer)
+    settings = {"max_new_tokens": 128, "do_sample": False} | settings
+    config = transformers.GenerationConfig(**settings, pad_token_id=pad, eos_token_id=stop)
+    options = {"generation_config": config, "synced_gpus": isinstance(model, fsdp.FSDPModule)}
     with evaluating(model), own_attention(model):
-        out = model.generate(input_ids=ids, **options)
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        rows = model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:].tolist()
+    ends = [next((n + 1 for n, token in enumerate(row) if token in stop), None) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends)]
 
 
 class Log:

@@ -54,7 +54,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 PREFERENCES = ("dpo", "orpo", "reward")
 METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
 # scripts that use common.py; the others use common_before.py
-NEW = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES)
+NEW = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
 PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 
@@ -314,12 +314,14 @@ def flags_of(folder: str, args) -> list[str]:
         flags += ["--eval-fraction", "0", "--log-every", "1", "--batch-size", str(rows)]
     flags += ["--no-packing"] * (args.worker == "padding")
     flags += ["--gradient-checkpointing"] * args.recompute
-    if args.method in ("lora", "dora", "qlora"):
+    if args.method in ("lora", "dora", "qlora", "ppo"):
         flags += ["--rank", "8", "--alpha", "16"]
-    if args.lora and args.method in ("sft", *PREFERENCES, "ppo"):
+    if args.lora and args.method in ("sft", *PREFERENCES):
         flags += ["--lora-rank", "8", "--lora-alpha", "16"]
     if args.method == "ppo":
-        flags += ["--response-length", str(args.length - args.document)]
+        flags += ["--response-length", str(args.length - args.document), "--reward"]
+        flags += [f"{ROOT / 'examples' / 'rewards.py'}:lowercase", "--rollout-size", "16"]
+        flags += ["--batch-size", "4"]
     return flags + shlex.split(args.flags)
 
 
@@ -338,10 +340,12 @@ def watch(script, meter) -> None:
     last step, before anything is answered or saved: only the steps count."""
     import common
 
-    step_done = common.Log.step_done
+    step_done, rates = common.Log.step_done, []
 
     def timed_step_done(log, *rest, **figures):
         step_done(log, *rest, **figures)
+        if "rollout_tokens_per_second" in figures:  # of ppo
+            rates.append(figures["rollout_tokens_per_second"].item())
         meter.step()
 
     def answer_samples(*rest):  # before and after training
@@ -352,7 +356,20 @@ def watch(script, meter) -> None:
         meter.report(log.run["tokens"] / log.run["step"])
         os._exit(0)
 
+    def first_rollout(*rest):
+        if not hasattr(meter, "last"):
+            meter.begin()
+        return write_answers(*rest)
+
+    def report(log, *rest):
+        rate = statistics.median(rates[meter.skip :])
+        meter.report(log.run["tokens"] / log.run["step"], rollout_tokens_per_second=rate)
+        os._exit(0)
+
     common.Log.step_done, script.answer_samples = timed_step_done, answer_samples
+    if script.__name__ == "ppo":
+        write_answers, script.write_answers = script.write_answers, first_rollout
+        common.Log.done, common.save_adapter = report, lambda *_: None
     common.check_model = lambda *_, **__: None  # random weights: nothing to check
 
 
@@ -361,22 +378,17 @@ def watch_before(script, meter) -> None:
     import common_before as common
 
     begin, end_step = common.Run.begin, common.Run.end_step
-    rates = {"rollout_tokens_per_second": [], "update_tokens_per_second": []}  # of ppo
 
     def timed_begin(run):
         begin(run)
         meter.begin()
 
     def timed_end_step(run, epoch, sums, *rest):
-        for name in rates.keys() & sums.keys():
-            rates[name].append(sums[name].item() * common.world_size())
         end_step(run, epoch, sums, *rest)
         meter.step()
 
     def report_and_stop(run):
-        skip = meter.skip
-        more = {key: statistics.median(rate[skip:]) for key, rate in rates.items() if rate}
-        meter.report(run.tokens / run.step, **more)
+        meter.report(run.tokens / run.step)
         os._exit(0)
 
     common.Run.begin, common.Run.end_step = timed_begin, timed_end_step
@@ -698,7 +710,7 @@ def parse_args(argv=None):
     add("--processes", type=int, default=1, help=processes)
     add("--repeats", type=int, default=3)
     add("--recompute", action="store_true", help="gradient checkpointing on both sides")
-    add("--lora", action="store_true", help="LoRA in sft, dpo, orpo, reward and ppo as well")
+    add("--lora", action="store_true", help="LoRA in sft, dpo, orpo and reward as well")
     add("--flags", default="", help="more flags for our script, in one string")
     kinds = "of ours: milliseconds of a step, by kind of operation"
     add("--profile", action="store_true", help=kinds)
@@ -745,8 +757,8 @@ def compare(args) -> None:
         memory = [median(side, "gib") for side in ("ours", against)]
         print_row(method, *speed, f"{statistics.median(ratios):.2f} ({spread})",
                   *(f"{gib:.2f}" for gib in memory), f"{memory[0] / memory[1]:.2f}")  # fmt: skip
-        rates = ("rollout_tokens_per_second", "update_tokens_per_second")
-        for name in rates if method == "ppo" else ():
+        if method == "ppo":
+            name = "rollout_tokens_per_second"
             print_row(name, f"{median('ours', name):,.0f}", *[""] * 5)
         results[method] = runs
     if args.json:

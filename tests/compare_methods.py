@@ -46,7 +46,7 @@ RATES = {
     "prompt_tuning.py": 1e-1,
     "full_ft.py": 1e-4,
 }
-STAGES = ["sft.py", "reward_model.py", "dpo.py", "orpo.py", "ppo.py"]
+STAGES = ["sft.py", "reward_model.py", "dpo.py", "orpo.py", "ppo.py", "grpo.py"]
 SHOWN = {
     "eval_exact_match": "exact match",
     "eval_accuracy": "preference accuracy",
@@ -58,7 +58,7 @@ COLORS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcb
 BUDGET = "--max-length 384 --batch-size 3 --eval-every 1000 --samples 0"
 # scripts that use common.py, with flags of their own
 NEW = ("lora.py", "dora.py", "qlora.py", "adapter.py", "full_ft.py", "sft.py", "prefix_tuning.py")
-NEW += ("prompt_tuning.py", "reward_model.py", "dpo.py", "orpo.py")
+NEW += ("prompt_tuning.py", "reward_model.py", "dpo.py", "orpo.py", "ppo.py", "grpo.py")
 BUDGETS = {
     "$N": f"--eval-data 0.002 {BUDGET} --micro-batch-tokens 1152",
     "$G": f"--eval-fraction 0.002 {BUDGET} --no-packing --log-every 2",

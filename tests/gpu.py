@@ -43,8 +43,8 @@ reward_model.py --lora-rank 8
 dpo.py
 dpo.py --lora-rank 8
 orpo.py
-ppo.py --lora-rank 8
-ppo.py""".splitlines()
+ppo.py
+grpo.py""".splitlines()
 
 AGAIN = "--gradient-checkpointing"
 PURE = f"{AGAIN} --pure-bfloat16 --optimizer adamw8bit --step-in-backward --max-grad-norm 0"
@@ -57,7 +57,7 @@ MEMORY = [  # method, shape (None: that of --shape), tokens a row, more flags
     ("full", None, 2048, f"{AGAIN} --optimizer adamw8bit"),
     ("full", None, 2048, f"{AGAIN} --offload"),
     ("dpo", None, 2048, f"--lora-rank 16 {AGAIN}"),
-    ("ppo", None, 1024, f"--lora-rank 16 {AGAIN}"),
+    ("ppo", None, 1024, f"--rank 16 {AGAIN}"),
 ]
 SPEED = [("lora", False)]  # method, recomputing
 SPEED += [(method, True) for method in ("lora", "qlora", "dpo", "dora", "orpo", "reward")]
@@ -99,9 +99,9 @@ def checks(options, left) -> None:
         script, *flags = command.split()
         output, started = Path(folder) / re.sub(r"\W", "_", f"{command}{more}"), time.monotonic()
         flags += ["--output", str(output), "--samples", "0"]
-        flags += ["--max-steps", "3" if script == "ppo.py" else "20"]
+        flags += ["--max-steps", "3" if script in ("ppo.py", "grpo.py") else "20"]
         new = [f"{benchmark.script_of(method)}.py" for method in benchmark.NEW]
-        if script not in (*new, "adapter.py", "prefix_tuning.py", "prompt_tuning.py"):
+        if script not in (*new, "adapter.py", "prefix_tuning.py", "prompt_tuning.py", "grpo.py"):
             flags += ["--log-every", "1"]
         options = {"env": os.environ | more, "capture_output": True, "text": True}
         command = [sys.executable, str(ROOT / script), *flags]

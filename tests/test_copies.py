@@ -7,8 +7,6 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = sorted(path for path in ROOT.glob("*.py") if not path.name.startswith("common"))
-# These use common_before.py and have older copies of lora.py and sft.py, until they are moved.
-BEFORE = ["ppo.py"]
 BLOCK = r"# --- {} ---\n(.*?)# --- end ---"
 COPIES = [
     (path, *match.groups())
@@ -16,7 +14,6 @@ COPIES = [
     for match in re.finditer(
         BLOCK.format(r"copied from (\w+\.py): (.+?)"), path.read_text("utf-8"), re.DOTALL
     )
-    if path.name not in BEFORE or match[1] in BEFORE
 ]
 NAMES = [f"{path.name}: {title}" for path, _, title, _ in COPIES]
 
@@ -29,10 +26,7 @@ def test_a_copy_equals_its_original(path, origin, title, copy):
     assert copy == originals[0]
 
 
-NEW = [path for path in SCRIPTS if path.name not in BEFORE]
-
-
-@pytest.mark.parametrize("path", NEW, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_mark_begins_or_ends_a_block(path):
     """None is misspelled, so that no copy escapes the test above."""
     opened = None
@@ -57,4 +51,4 @@ def test_a_script_imports_common_and_no_other_script(path):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
-    assert imported & names == {"common_before" if path.name in BEFORE else "common"}
+    assert imported & names == {"common"}

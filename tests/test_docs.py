@@ -27,8 +27,8 @@ from before import parse_args as parse_args_before  # noqa: E402  before.py repl
 PREFERENCES = ["reward_model", "dpo", "orpo"]
 # scripts that use common.py; the others use common_before.py
 NEW = ["lora", "full_ft", "sft", "qlora", "dora", "adapter", "prefix_tuning", "prompt_tuning"]
-NEW += PREFERENCES
-SCRIPTS = [*NEW, "ppo"]
+NEW += [*PREFERENCES, "ppo", "grpo"]
+SCRIPTS = NEW
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 DOC = {
@@ -171,12 +171,13 @@ def small_flags(script: str) -> list[str]:
     """One short step."""
     flags = "--max-steps 1 --samples 0 --batch-size 2 --max-length 128"
     if script in NEW:
+        if script in ("ppo", "grpo"):
+            flags += " --rollout-size 2 --response-length 4 --reward "
+            flags += str(ROOT / "examples" / "rewards.py") + ":lowercase"
+            flags += " --group-size 2" * (script == "grpo")
         return f"{flags} --eval-data 0.1".split()
     flags += " --eval-fraction 0.1"
-    if script == "ppo":
-        flags += " --grad-accum 1 --minibatches 1 --ppo-epochs 1 --rollout-batch-size 2"
-        flags += " --response-length 4"
-    elif script != "reward_model":
+    if script != "reward_model":
         flags += " --exact-match 0"
     return flags.split()
 
@@ -302,18 +303,18 @@ def test_what_a_run_leaves_answers_through_peft_and_transformers(trained, tmp_pa
 # -------------------------------------------------------------------------- metrics and flags
 
 
-@pytest.mark.parametrize("script", [*NEW, "ppo"])
+@pytest.mark.parametrize("script", NEW)
 def test_every_metric_is_explained(script, trained):
-    """In the README's table or, of ppo.py, at its top. `step` needs no word."""
-    more = ["--samples", "1"] if script in NEW else ["--log-every", "1"] * (script != "ppo")
+    """In the README's table or, of ppo.py and grpo.py, at their top. `step` needs no word."""
+    more = ["--samples", "1"]
     lines = read_metrics(trained(script, *more))
     lines = [line for line in lines if "run" not in line and "done" not in line]
     written = {name for line in lines for name in line} - {"step"}
     assert {"loss", "lr"} <= written
     table = README.partition("### The metrics")[2].partition("\n## ")[0]
     explained = {name for row in tables(table)[0] for name in spans(row[0])}
-    if script == "ppo":
-        metrics = DOC["ppo"].partition("\nMetrics")[2].partition("\nMeasured")[0]
+    if script in ("ppo", "grpo"):
+        metrics = DOC[script].partition("\nWhat to watch")[2].partition("\nMeasured")[0]
         explained |= set(re.findall(r"\w+", metrics))
     unknown = {name for name in written if not {name, name.removeprefix("eval_")} & explained}
     assert not unknown

@@ -729,12 +729,13 @@ def test_generation_stops_at_the_templates_end_of_turn(tiny, monkeypatch):
     model, tokenizer = tiny
     turns = [{"role": "user", "content": "Hi"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    short, long = (common.generate(model, tokenizer, [prompt], CPU, n)[0] for n in (60, 90))
+    limits = ({"max_new_tokens": n} for n in (60, 90))
+    short, long = (common.generate(model, tokenizer, [prompt], CPU, **x)[0] for x in limits)
     assert short == long  # it stops by itself
     monkeypatch.setattr(model.generation_config, "eos_token_id", 256)
     other = transformers.AutoTokenizer.from_pretrained(TINY)
     other.eos_token = "<|im_start|>"
-    assert common.generate(model, other, [prompt], CPU, 90) == [long]
+    assert common.generate(model, other, [prompt], CPU, max_new_tokens=90) == [long]
 
 
 # ------------------------------------------------------------------- layers to adapt

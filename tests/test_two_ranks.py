@@ -18,6 +18,8 @@ ROWS = [{"prompt": c * m, "completion": c * n} for c in "abc" for m in (1, 30) f
 LORA, FULL = ["--lr", "1e-4"], ["--lr", "1e-5"]
 ONE = ["--batch-size", "1", "--eval-data", "ONE ROW"]  # a rank without an example
 ONE_PAIR = ["--batch-size", "1", "--eval-data", "ONE PAIR"]
+PPO = ["--reward", f"{ROOT / 'examples' / 'rewards.py'}:lowercase", "--response-length", "6"]
+PPO += ["--rollout-size", "20", "--generation-batch", "4"]
 RUNS = {
     "lora": ("lora", LORA),
     "lora --shard": ("lora", [*LORA, "--shard"]),
@@ -41,6 +43,9 @@ RUNS = {
     "adapter": ("adapter", LORA),
     "adapter --adapter": ("adapter", [*LORA, "--adapter", "ADAPTER"]),
     "sft --lora-rank --shard": ("sft", [*LORA, "--lora-rank", "4", "--shard"]),
+    "ppo": ("ppo", [*LORA, *PPO]),
+    "grpo": ("grpo", [*LORA, *PPO, "--group-size", "2", "--batch-size", "4"]),
+    "ppo, a rank without an answer": ("ppo", [*LORA, *PPO, *ONE, "--rollout-size", "1"]),
 }
 PAIRS = ["--data", "PAIRS", "--epochs", "1"]
 RUNS |= {
@@ -105,14 +110,18 @@ def two(tmp_path_factory, random_model):
     return folder, flags, reads
 
 
-def assert_same_run(one, other, first: int = 1) -> None:
-    """The same metrics, to 1e-6 until step `first` and 1e-5 after, and the same result."""
+TIMES = {"tokens_per_second", "peak_memory_gib", "rollout_tokens_per_second"}
+
+
+def assert_same_run(one, other, first: int = 1, floor: float = 0.0) -> None:
+    """The same metrics, to 1e-6 until step `first` and 1e-5 after, and the same result. floor:
+    an absolute tolerance, for losses that begin at 0."""
     metrics, others = (read_metrics(folder) for folder in (one, other))
     assert metrics[-1] == others[-1] and metrics[-1]["done"]
     for a, b in zip(metrics[1:-1], others[1:-1], strict=True):
-        for key in a.keys() - {"tokens_per_second", "peak_memory_gib"}:
+        for key in a.keys() - TIMES:
             rel = 1e-6 if a["step"] <= first else 1e-5
-            near_zero = 3e-6 if "margin" in key or "odds" in key else 0  # differences of large sums
+            near_zero = 3e-6 if "margin" in key or "odds" in key else floor
             assert b[key] == pytest.approx(a[key], rel=rel, abs=near_zero), key
     assert sum("eval_loss" in entry for entry in metrics) == 3
     (path,) = one.glob("*model.safetensors")
@@ -127,7 +136,8 @@ def test_two_ranks_train_what_one_process_trains(name, two):
     folder, flags, _ = two
     script, more = RUNS[name]
     run(script, flags(f"{name}, one", [flag for flag in more if flag != "--shard"]))
-    assert_same_run(folder / f"{name}, one", folder / f"{name}, two")
+    floor = 1e-5 if script in ("ppo", "grpo") else 0.0
+    assert_same_run(folder / f"{name}, one", folder / f"{name}, two", floor=floor)
 
 
 @pytest.mark.parametrize("script", RESUMED)
