@@ -53,8 +53,6 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 }
 PREFERENCES = ("dpo", "orpo", "reward")
 METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
-# scripts that use common.py; the others use common_before.py
-NEW = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
 PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 
@@ -304,14 +302,10 @@ def flags_of(folder: str, args) -> list[str]:
     flags += f"--max-steps {args.steps} --samples 0 --save-every 100000 --max-grad-norm 1".split()
     flags += ["--max-length", str(args.length)]
     padding = "padding" in args.against
-    if args.method in NEW:
-        examples, processes = examples_of_a_step(args), int(os.environ.get("WORLD_SIZE", 1))
-        flags += ["--eval-data", "0", "--overwrite", "--batch-size", str(examples * processes)]
-        longest = examples if padding else args.rows  # of --length tokens: one forward pass
-        flags += ["--micro-batch-tokens", str(longest * args.length)]
-    else:
-        rows = PADDED if args.worker == "padding" else args.rows
-        flags += ["--eval-fraction", "0", "--log-every", "1", "--batch-size", str(rows)]
+    examples, processes = examples_of_a_step(args), int(os.environ.get("WORLD_SIZE", 1))
+    flags += ["--eval-data", "0", "--overwrite", "--batch-size", str(examples * processes)]
+    longest = examples if padding else args.rows  # of --length tokens: one forward pass
+    flags += ["--micro-batch-tokens", str(longest * args.length)]
     flags += ["--no-packing"] * (args.worker == "padding")
     flags += ["--gradient-checkpointing"] * args.recompute
     if args.method in ("lora", "dora", "qlora", "ppo"):
@@ -331,13 +325,13 @@ def ours(folder: str, args) -> None:
     random_weights(folder, torch.float32)
     meter = Profiler() if args.profile else Meter(args.skip)
     script = importlib.import_module(script_of(args.method))
-    (watch if args.method in NEW else watch_before)(script, meter)
+    watch(script, meter)
     script.main(flags_of(folder, args))
 
 
 def watch(script, meter) -> None:
-    """Measure the run that follows, of a script that uses common.py. The process ends after the
-    last step, before anything is answered or saved: only the steps count."""
+    """Measure the run that follows. The process ends after the last step, before anything is
+    answered or saved: only the steps count."""
     import common
 
     step_done, rates = common.Log.step_done, []
@@ -371,30 +365,6 @@ def watch(script, meter) -> None:
         write_answers, script.write_answers = script.write_answers, first_rollout
         common.Log.done, common.save_adapter = report, lambda *_: None
     common.check_model = lambda *_, **__: None  # random weights: nothing to check
-
-
-def watch_before(script, meter) -> None:
-    """The same of a script that uses common_before.py."""
-    import common_before as common
-
-    begin, end_step = common.Run.begin, common.Run.end_step
-
-    def timed_begin(run):
-        begin(run)
-        meter.begin()
-
-    def timed_end_step(run, epoch, sums, *rest):
-        end_step(run, epoch, sums, *rest)
-        meter.step()
-
-    def report_and_stop(run):
-        meter.report(run.tokens / run.step)
-        os._exit(0)
-
-    common.Run.begin, common.Run.end_step = timed_begin, timed_end_step
-    common.check_head = lambda *_, **__: None  # random weights: nothing to check
-    common.Run.save_checkpoint = lambda run: None  # after the last step, and no part of it
-    common.Run.show_samples = report_and_stop
 
 
 # aten operations by what they are for; what is not listed counts as the rest

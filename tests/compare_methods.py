@@ -55,14 +55,8 @@ SHOWN = {
 COLORS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22
 #17becf""".split()
 # every step has three documents
-BUDGET = "--max-length 384 --batch-size 3 --eval-every 1000 --samples 0"
-# scripts that use common.py, with flags of their own
-NEW = ("lora.py", "dora.py", "qlora.py", "adapter.py", "full_ft.py", "sft.py", "prefix_tuning.py")
-NEW += ("prompt_tuning.py", "reward_model.py", "dpo.py", "orpo.py", "ppo.py", "grpo.py")
-BUDGETS = {
-    "$N": f"--eval-data 0.002 {BUDGET} --micro-batch-tokens 1152",
-    "$G": f"--eval-fraction 0.002 {BUDGET} --no-packing --log-every 2",
-}
+BUDGET = """--eval-data 0.002 --max-length 384 --batch-size 3 --micro-batch-tokens 1152
+--eval-every 1000 --samples 0"""
 
 
 def run(command: str, output: Path) -> tuple[list[dict], float]:
@@ -148,24 +142,21 @@ def real(args) -> str:
         "before | after |",
         "|---|---|---|---|---|---|---|",
     ]
-    used = {}
+    budget = f"{' '.join(BUDGET.split())} --max-steps {args.steps}"
     for method in args.methods or [f"{method} --lr {rate}" for method, rate in RATES.items()]:
         output = args.output / re.sub(r"\W+", "-", method)
-        short = "$N" if method.split()[0] in NEW else "$G"
-        budget = f"{BUDGETS[short]} --max-steps {args.steps}"
-        used[short] = f"`{short}` is `{names} {budget}`"
         entries, _ = run(f"{method} --model {args.model} --data {args.data} {budget}", output)
         entries = [entry for entry in entries if "done" not in entry]
         losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
         logged = [entry for entry in entries if "loss" in entry]
         speed = statistics.median(entry["tokens_per_second"] for entry in logged[1:])
         memory = max(entry["peak_memory_gib"] for entry in logged)
-        cells = [f"`python {method} {short}`", f"{trained(entries, output):,}", size(output)]
+        cells = [f"`python {method} $G`", f"{trained(entries, output):,}", size(output)]
         cells += [f"{memory:.2f} GiB", f"{speed:,.0f}", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     head = f"`python tests/compare_methods.py real {names} --steps {args.steps}`"
-    head += f", {where_and_when()}. {'; '.join(used.values())}."
+    head += f", {where_and_when()}. `$G` is `{names} {budget}`."
     return head + "\n\n" + "\n".join(lines)
 
 

@@ -100,9 +100,6 @@ def checks(options, left) -> None:
         output, started = Path(folder) / re.sub(r"\W", "_", f"{command}{more}"), time.monotonic()
         flags += ["--output", str(output), "--samples", "0"]
         flags += ["--max-steps", "3" if script in ("ppo.py", "grpo.py") else "20"]
-        new = [f"{benchmark.script_of(method)}.py" for method in benchmark.NEW]
-        if script not in (*new, "adapter.py", "prefix_tuning.py", "prompt_tuning.py", "grpo.py"):
-            flags += ["--log-every", "1"]
         options = {"env": os.environ | more, "capture_output": True, "text": True}
         command = [sys.executable, str(ROOT / script), *flags]
         try:

@@ -19,16 +19,9 @@ from collections import Counter
 import pytest
 from conftest import ROOT, TINY, read_metrics, write_rows
 
-import common_before
-
-sys.path.insert(0, str(ROOT / "tests" / "before"))
-from before import parse_args as parse_args_before  # noqa: E402  before.py replaces it
-
 PREFERENCES = ["reward_model", "dpo", "orpo"]
-# scripts that use common.py; the others use common_before.py
-NEW = ["lora", "full_ft", "sft", "qlora", "dora", "adapter", "prefix_tuning", "prompt_tuning"]
-NEW += [*PREFERENCES, "ppo", "grpo"]
-SCRIPTS = NEW
+SCRIPTS = ["lora", "full_ft", "sft", "qlora", "dora", "adapter", "prefix_tuning", "prompt_tuning"]
+SCRIPTS += [*PREFERENCES, "ppo", "grpo"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 DOC = {
@@ -170,16 +163,11 @@ def rows(tmp_path_factory):
 def small_flags(script: str) -> list[str]:
     """One short step."""
     flags = "--max-steps 1 --samples 0 --batch-size 2 --max-length 128"
-    if script in NEW:
-        if script in ("ppo", "grpo"):
-            flags += " --rollout-size 2 --response-length 4 --reward "
-            flags += str(ROOT / "examples" / "rewards.py") + ":lowercase"
-            flags += " --group-size 2" * (script == "grpo")
-        return f"{flags} --eval-data 0.1".split()
-    flags += " --eval-fraction 0.1"
-    if script != "reward_model":
-        flags += " --exact-match 0"
-    return flags.split()
+    if script in ("ppo", "grpo"):
+        flags += " --rollout-size 2 --response-length 4 --reward "
+        flags += str(ROOT / "examples" / "rewards.py") + ":lowercase"
+        flags += " --group-size 2" * (script == "grpo")
+    return f"{flags} --eval-data 0.1".split()
 
 
 @pytest.fixture(scope="session")
@@ -234,8 +222,6 @@ def shrunk(command: str, rows, trained) -> tuple[str, list[str]]:
     small = small_flags(script)
     if "--max-steps 0" in command:
         del small[:2]
-    if not words and script not in NEW:
-        small += ["--eval-fraction", "0.01"]  # the demonstration's data
     return script, [*arguments, *small]
 
 
@@ -243,7 +229,6 @@ def shrunk(command: str, rows, trained) -> tuple[str, list[str]]:
 def test_the_command_runs(command, rows, trained, tmp_path, monkeypatch):
     script, arguments = shrunk(command, rows, trained)
     output = tmp_path / "run"
-    monkeypatch.setattr(common_before.Parser, "parse_args", parse_args_before)
     importlib.import_module(script).main([*arguments, "--output", str(output)])
     if "--inspect" in arguments:
         assert not output.exists()
@@ -303,7 +288,7 @@ def test_what_a_run_leaves_answers_through_peft_and_transformers(trained, tmp_pa
 # -------------------------------------------------------------------------- metrics and flags
 
 
-@pytest.mark.parametrize("script", NEW)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_metric_is_explained(script, trained):
     """In the README's table or, of ppo.py and grpo.py, at their top. `step` needs no word."""
     more = ["--samples", "1"]
@@ -324,14 +309,10 @@ def test_every_metric_is_explained(script, trained):
 def flags():
     """The flags of every script, with their help texts."""
 
-    def only_parse(self, args):
-        return argparse.ArgumentParser.parse_args(self, args)
-
     found = {}
     for script in SCRIPTS:
         main = importlib.import_module(script).main
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common_before.Parser, "parse_args", only_parse)
             actions = parser_of(lambda main=main: main([]), patch)._actions
         found[script] = {flag: a.help for a in actions for flag in a.option_strings}
     return found
