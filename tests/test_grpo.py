@@ -226,9 +226,12 @@ def test_the_ratio_starts_at_one_and_is_clipped_after_updates(flags, monkeypatch
         for name in ("one", "many")
     )
     assert len(one) == 3 and not any(one) and all(x > 0.05 for x in many)
-    target_logps = common.target_logps
-    off = lambda *args, **inputs: target_logps(*args, **inputs) + 0.001 * torch.is_grad_enabled()  # noqa: E731
-    monkeypatch.setattr(common, "target_logps", off)
+    own = common.target_logps
+
+    def target_logps(*args, **inputs):
+        return own(*args, **inputs) + 0.001 * torch.is_grad_enabled()
+
+    monkeypatch.setattr(common, "target_logps", target_logps)
     with pytest.raises(common.UserError, match="the first update finds log-probabilities 0.001"):
         grpo.main(flags("off"))
 
