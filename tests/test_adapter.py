@@ -341,7 +341,7 @@ def test_generation_equals_greedy_decoding_token_by_token():
     adapter.add_adapters(model, args, CPU)
     randomize(model, 0.03)
     prompts = [tokenizer(text).input_ids for text in ("Hi", "A longer question?", "七")]
-    answers, plain = [], common.generate(model, tokenizer, prompts, CPU, 16)
+    answers, plain = [], common.generate(model, tokenizer, prompts, CPU, max_new_tokens=16)
     stop = common.stop_ids(model, tokenizer)
     with common.evaluating(model), common.own_attention(model):
         for prompt in prompts:
