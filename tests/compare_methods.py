@@ -1,9 +1,9 @@
-"""Tables and the picture of README.md: same model, data and steps for all that is compared.
+"""Tables of the README: same model, data and steps for all that is compared.
 
     # every script without flags, three seeds
     python tests/compare_methods.py demo --write
     # every method on a real model, one seed
-    python tests/compare_methods.py real --model FOLDER --data FILE --write
+    python tests/compare_methods.py real --model FOLDER --data FILE
 
 Each run is a script in a process of its own; what the tables say is read from the metrics.jsonl and
 the files that it left.
@@ -78,10 +78,8 @@ def results(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).exists()]
 
 
-def trained(entries: list[dict], folder: Path) -> int:
-    """How many parameters a run trained: what it logged, or else what it saved."""
-    if "trainable_parameters" in entries[0]["run"]:
-        return entries[0]["run"]["trainable_parameters"]
+def saved(folder: Path) -> int:
+    """How many parameters a run saved."""
     (path,) = results(folder)
     with safetensors.safe_open(path, "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
@@ -104,7 +102,7 @@ def demo(args) -> str:
     """What each script does without flags, from the base's start to the end, over seeds; and a
     picture of the methods' first seed."""
     lines = [
-        "| command | trained parameters | measured on held-out rows | before | after, each seed "
+        "| command | saved parameters | measured on held-out rows | before | after, each seed "
         "| CPU seconds |",
         "|---|---|---|---|---|---|",
     ]
@@ -123,7 +121,7 @@ def demo(args) -> str:
                 epochs = [entry["step"] * per_step for entry in logged]
                 curves[script] = list(zip(epochs, [entry["loss"] for entry in logged]))
                 memory[script] = max(entry["peak_memory_gib"] for entry in logged)
-        cells = [f"`python {script}`", f"{trained(entries, output):,}", SHOWN[name]]
+        cells = [f"`python {script}`", f"{saved(output):,}", SHOWN[name]]
         cells += [f"{statistics.mean(before):.2f}", ", ".join(f"{value:.2f}" for value in after)]
         cells += [f"{statistics.mean(seconds):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -138,7 +136,7 @@ def real(args) -> str:
     """Every method on one model, data and number of steps."""
     names = f"--model {Path(args.model).name} --data {Path(args.data).name}"
     lines = [
-        "| command | trained parameters | checkpoint | peak memory | tokens/s | held-out loss "
+        "| command | saved parameters | checkpoint | peak memory | tokens/s | held-out loss "
         "before | after |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -151,7 +149,7 @@ def real(args) -> str:
         logged = [entry for entry in entries if "loss" in entry]
         speed = statistics.median(entry["tokens_per_second"] for entry in logged[1:])
         memory = max(entry["peak_memory_gib"] for entry in logged)
-        cells = [f"`python {method} $G`", f"{trained(entries, output):,}", size(output)]
+        cells = [f"`python {method} $G`", f"{saved(output):,}", size(output)]
         cells += [f"{memory:.2f} GiB", f"{speed:,.0f}", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
@@ -207,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="for demo")
     parser.add_argument("--methods", nargs="+", help="instead of all")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
-    replaces = "replace the table in README.md and README.zh.md, and examples/methods.svg"
+    replaces = "demo: replace the table in README.md and README.zh.md, write examples/methods.svg"
     parser.add_argument("--write", action="store_true", help=replaces)
     args = parser.parse_args()
     text = demo(args) if args.what == "demo" else real(args)

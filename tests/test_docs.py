@@ -30,8 +30,7 @@ DOC = {
 }
 # flags in the texts that are of other programs
 OTHERS = """--nproc-per-node --nnodes --rdzv-endpoint --shutdown-timeout --enable-lora
---lora-modules --model_args --tasks --against --steps --seeds --methods --shape --repeats --lora
---profile --skip --length""".split()
+--lora-modules --model_args --tasks --against --seeds""".split()
 
 
 # -------------------------------------------------------------------------- what is in a text
@@ -238,7 +237,6 @@ def test_the_command_runs(command, rows, trained, tmp_path, monkeypatch):
         assert (output / "model.safetensors").exists()
     else:
         assert read_metrics(output)[-1]["done"]
-        assert (output / "merged").exists() == ("--merge" in arguments)
 
 
 def parser_of(run, monkeypatch) -> argparse.ArgumentParser:
