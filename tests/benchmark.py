@@ -8,8 +8,7 @@
 Both sides train the same random Llama on the same documents, in the same precision, with the same
 AdamW and no clipping differences, each in a process of its own, in turn: ours, theirs, ours,
 theirs ... Documents are of one length, so that both fill the same rows: of --length tokens, --rows
-of them in a step. lora.py, full_ft.py and sft.py take as many examples (--batch-size) in one
-forward pass. Printed are medians of tokens/s (the first two steps are not counted) and of peak
+of them in a step, which is one forward pass. Printed are medians of tokens/s (the first two steps are not counted) and of peak
 memory above the loaded model (resident memory on a CPU, allocated memory on a GPU), their ratio,
 and the spread over the repeats.
 
