@@ -1794,7 +1794,9 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
     content = {"run": None, "model": {}, "optimizer": {}}
     if RANK == 0:
         try:
-            damaged = zipfile.ZipFile(path).testzip()
+            records = zipfile.ZipFile(path)
+            folders = [x.filename for x in records.infolist() if x.external_attr]  # read as nothing
+            damaged = records.testzip() or (folders and folders[0])
             content = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # a damaged file fails in many ways
             damaged = repr(error)
