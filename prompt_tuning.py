@@ -34,7 +34,7 @@ Questions people ask
 
 Measured: `python prompt_tuning.py` answers 0 of 100 held-out prompts exactly before, and 1, 2 and 0
 after (--seed 0, 1, 2; --encoder lstm or mlp --lr 3e-3: 0), on two CPU cores (torch 2.13,
-2026-11-26). lora.py: 100. Prompt tuning needs larger models, as the title of Lester et al. says.
+2026-11-26). Prompt tuning needs larger models, as the title of Lester et al. says.
 
     python prompt_tuning.py                                  # too hard for the bundled model
     python prompt_tuning.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name

@@ -6,11 +6,11 @@
                                                    # processes, and a picture of it
 
 Both sides train the same random Llama on the same documents, in the same precision, with the same
-AdamW and no clipping differences, each in a process of its own, in turn: ours, theirs, ours,
-theirs ... Documents are of one length, so that both fill the same rows: of --length tokens, --rows
-of them in a step, which is one forward pass. Printed are medians of tokens/s (the first two steps are not counted) and of peak
-memory above the loaded model (resident memory on a CPU, allocated memory on a GPU), their ratio,
-and the spread over the repeats.
+AdamW and no clipping differences, each in a process of its own, in turn: ours, theirs, ours, theirs
+... Documents are of one length, so that both fill the same rows: of --length tokens, --rows of them
+in a step, which is one forward pass. Printed are medians of tokens/s (the first two steps are not
+counted) and of peak memory above the loaded model (resident memory on a CPU, allocated memory on a
+GPU), their ratio, and the spread over the repeats.
 
 TRL and PEFT run with their defaults but for two things, so that both sides do the same work:
 - TRL makes QLoRA's adapters bfloat16; they are made float32 again before the first step, as ours
