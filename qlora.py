@@ -36,7 +36,7 @@ Questions people ask
                   BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                   bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)).
 
-Measured: `python qlora.py` answers 0 of 100 held-out prompts exactly before, and 100, 96 and 40
+Measured: `python qlora.py` answers 0 of 100 held-out prompts exactly before, and 99, 100 and 100
 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
     python qlora.py                                    # the bundled model learns a task
@@ -331,7 +331,7 @@ def main(argv=None) -> None:
     bases = ["dequantized", "original"]
     what = "the weights to which --merge-only adds the update"
     add("--merge-base", choices=bases, default="dequantized", help=what)
-    args = common.parse_args(parser, argv, demo={"lr": 8e-3})
+    args = common.parse_args(parser, argv, demo={"lr": 4e-3, "epochs": 6.0})
     merge(args) if args.merge_only else train(args)
 
 
