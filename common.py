@@ -1270,55 +1270,74 @@ def own_attention(model):
 # Logits are computed in chunks, and never more than a chunk of them exists. Each log-probability
 # depends on the hidden state h of its own position alone, so its gradient is one row of d
 # numbers. With a frozen head, the forward pass forms these rows while the logits are at hand,
-# and the backward pass only scales them: two products with W in place of three.
+# and the backward pass only scales them: two products with W in place of three. If W trains,
+# the backward pass computes the logits again.
 
 LOGITS_AT_ONCE = 2**25  # elements of a chunk: 128 MiB in float32
 
 
-class FrozenHeadLogps(torch.autograd.Function):
+def chunk_logps(hidden, weight, bias, targets, with_slope: bool):
+    """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and onehot - softmax(z) (C, V),
+    which overwrites the logits, or None."""
+    z = F.linear(hidden, weight, bias).float()
+    target, largest = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
+    total = z.sub_(largest).exp_().sum(1, keepdim=True)
+    logps = (target - largest - total.log()).squeeze(1)
+    if not with_slope:
+        return logps, None
+    return logps, z.div_(-total).scatter_add_(1, targets[:, None], torch.ones_like(total))
+
+
+class LinearLogps(torch.autograd.Function):
     """hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> log p (N,), float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
+        learns, trains = ctx.needs_input_grad[:2]
+        with_rows, size = learns and not trains, max(1, LOGITS_AT_ONCE // len(weight))
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        rows = torch.empty_like(hidden)  # d log p / d h
-        chunk = max(1, LOGITS_AT_ONCE // len(weight))
-        for first in range(0, len(hidden), chunk):
-            part, index = slice(first, first + chunk), targets[first : first + chunk, None]
-            z = F.linear(hidden[part], weight, bias).float()  # (C, V)
-            target, largest = z.gather(1, index), z.amax(1, keepdim=True)
-            total = z.sub_(largest).exp_().sum(1, keepdim=True)
-            logps[part] = (target - largest - total.log()).squeeze(1)
-            slope = z.div_(-total).scatter_add_(1, index, torch.ones_like(total))
-            rows[part] = slope.to(weight.dtype) @ weight  # (onehot - softmax) W
-        ctx.save_for_backward(rows)
+        rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
+        for n in range(0, len(hidden), size):
+            part = slice(n, n + size)
+            logps[part], slope = chunk_logps(hidden[part], weight, bias, targets[part], with_rows)
+            if with_rows:
+                rows[part] = slope.to(weight.dtype) @ weight
+        ctx.save_for_backward(*((hidden, weight, bias, targets) if trains else (rows,)))
         return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (N,)
-        (rows,) = ctx.saved_tensors
-        return rows * grad[:, None].to(rows.dtype), None, None, None
+        if not ctx.needs_input_grad[1]:
+            (rows,) = ctx.saved_tensors
+            return rows * grad[:, None].to(rows.dtype), None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden, size = torch.empty_like(hidden), max(1, LOGITS_AT_ONCE // len(weight))
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for n in range(0, len(hidden), size):
+            part = slice(n, n + size)
+            _, slope = chunk_logps(hidden[part], weight, bias, targets[part], True)
+            slope = slope.mul_(grad[part, None]).to(weight.dtype)
+            grad_hidden[part] = slope @ weight
+            grad_weight += slope.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def chunk_logps(hidden, weight, bias, targets, softcap):
-    """The same for a chunk, through autograd, with soft-capped logits where the model has them."""
-    z = F.linear(hidden, weight.to(hidden.dtype), bias).float()
+def capped_logps(hidden, weight, bias, targets, softcap):
+    """The same through autograd, for a bias that trains and for soft-capped logits (Gemma 2)."""
+    z = F.linear(hidden, weight, bias).float()
     z = softcap * torch.tanh(z / softcap) if softcap else z
     return -F.cross_entropy(z, targets, reduction="none")
 
 
 def linear_logps(hidden, weight, bias, targets, softcap=None):
     """log p(targets) (N,) under softmax(head(hidden)), float32, without all logits.
-
-    hidden (N, d), weight (V, d), bias (V,) or None. If the head trains, the backward pass
-    computes each chunk's logits again, and the weight's gradient is summed in its own dtype.
-    """
-    if hidden.requires_grad and not weight.requires_grad and not softcap:
-        return FrozenHeadLogps.apply(hidden, weight.to(hidden.dtype), bias, targets)
+    hidden (N, d), weight (V, d), bias (V,) or None."""
+    if not softcap and (bias is None or not bias.requires_grad):
+        return LinearLogps.apply(hidden, weight, bias, targets)
     size = max(1, LOGITS_AT_ONCE // len(weight))
     chunks = zip(hidden.split(size), targets.split(size))
-    again = functools.partial(checkpoint, chunk_logps, use_reentrant=False)
+    again = functools.partial(checkpoint, capped_logps, use_reentrant=False)
     return torch.cat([again(h, weight, bias, t, softcap) for h, t in chunks])
 
 
@@ -1340,7 +1359,7 @@ def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inp
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     hidden, bias = (x if x is None else (x * scale).to(dtype) for x in (hidden, head.bias))
     with torch.autocast(kind, enabled=False):
-        return linear_logps(hidden, head.weight, bias, targets, softcap)
+        return linear_logps(hidden, head.weight.to(dtype), bias, targets, softcap)
 
 
 # --------------------------------------------------------------------------------- 8. Saving

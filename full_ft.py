@@ -49,8 +49,8 @@ Questions people ask
                      changed weights alone: model.load_state_dict(..., strict=False) adds them.
   Which rate?        1e-5 to 5e-5 for pretrained models; LoRA takes ten times that.
 
-Measured: `python full_ft.py` answers 0 of 100 held-out prompts exactly before, and 100, 100
-and 100 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). Memory of a 7B on an H100: README.
+Measured: `python full_ft.py` answers 0 of 100 held-out prompts exactly before, and 100, 100 and 100
+after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). Memory of a 7B on an H100: README.
 
     python full_ft.py                                           # the bundled model learns a task
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
