@@ -180,8 +180,12 @@ def open_source(name: str):
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
     files = [file for file in files if suffix_of(file) in SUFFIXES]
     if files:
-        contents = [(str(x), hashlib.sha256(x.read_bytes()).hexdigest()) for x in files]
-        return contents, (row for file in files for row in read_file(file))
+        digests = []
+        for file in files:
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            digests.append((str(file), digest))
+        return digests, (row for file in files for row in read_file(file))
     if path.exists() or suffix_of(path) in SUFFIXES or name[:1] in "./~":
         raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file or folder of them")
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
