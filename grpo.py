@@ -92,6 +92,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device)
+    common.disable_dropout(model)
     config = common.add_adapter(model, args, LoRALinear, device)
     frozen = frozen_layers(model, args)
     reward = load_reward(args, model, tokenizer, dtype, device)

@@ -162,7 +162,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device)
-    disable_dropout(model)  # [7]
+    common.disable_dropout(model)  # [7]
     config = add_policy(model, args, device)  # and the reference
     reward = add_reward_and_critic(args, model, tokenizer, dtype, device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -513,14 +513,6 @@ def keep_policy(model) -> None:
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, RoleLinear):
             model.set_submodule(name, layer.roles["policy" if "policy" in layer.roles else "base"])
-
-
-def disable_dropout(model) -> None:
-    """The model stays in train mode, which gradient checkpointing needs."""
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 # --- rollouts ---
