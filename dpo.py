@@ -83,15 +83,13 @@ def preference_loss(h, kind="sigmoid", beta=0.1, label_smoothing=0.0, gamma=1.0)
     return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
+# --- the reference of LoRA ---
 def reference_layers(model, args) -> list[tuple]:
-    """(layer, the reference's forward function) of every LoRA layer: its base's, as a fresh
-    adapter adds nothing (B = 0), or that of a frozen copy of the adapter of --adapter."""
+    """(LoRA layer, the reference's forward): its base's, or that of a frozen copy of --adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not args.adapter:
         return [(layer, layer.base.forward) for layer in layers]
-    copies = [copy.deepcopy(layer, {id(layer.base): layer.base}) for layer in layers]
-    for layer in copies:
-        layer.requires_grad_(False).dropout.p = 0.0
+    copies = [copy.deepcopy(x, {id(x.base): x.base}).requires_grad_(False).eval() for x in layers]
     return [(layer, start.forward) for layer, start in zip(layers, copies)]
 
 
@@ -104,6 +102,9 @@ def as_reference(layers: list[tuple]):
         yield
     for layer, _ in layers:
         del layer.forward
+
+
+# --- end ---
 
 
 def add_reference(model, dataset, steps, args, device):

@@ -17,17 +17,13 @@ Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), equation 3. For G answers t
     eps, beta, G                  --clip, --kl-coefficient, --group-size
 
 Choices and departures from the paper
-  - Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): dividing by the length favours long wrong
-    answers; dividing by the deviation, prompts that are nearly solved or hopeless. Without both:
-    --loss dr_grpo --scale-rewards none.
-  - One update for a rollout by default, where every ratio is 1 and nothing is clipped. A smaller
-    --batch-size, or --iterations, makes more of each answer.
+  - --loss dr_grpo --scale-rewards none is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): to divide
+    by the length favours long wrong answers; by the deviation, nearly solved or hopeless prompts.
+  - One update for a rollout by default, so every ratio is 1; --iterations makes more updates.
   - A prompt is computed once for its answers. --rollout-size and --batch-size count answers.
-  - The policy is a LoRA adapter, and the base is the reference (with --adapter, a frozen copy).
-    Sampling and --missing-eos-penalty are as in ppo.py.
-
-  - A group whose answers all score the same has no gradient: see equal_scores. Take easier or
-    harder prompts, a larger --group-size or a finer reward.
+  - The policy is a LoRA adapter; the reference, the base or a frozen copy of --adapter.
+  - [1], [2] in the code: sampling and --missing-eos-penalty, as in ppo.py.
+  - A group with equal scores has no gradient (see equal_scores): a larger --group-size helps.
 
 What to watch, in metrics.jsonl: score, score_ended, ended, length, entropy and clip_fraction as in
 ppo.py; kl, the mean k3 of a token, in nats; equal_scores, the share of groups without a gradient;
@@ -94,7 +90,7 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device)
     common.disable_dropout(model)
     config = common.add_adapter(model, args, LoRALinear, device)
-    frozen = frozen_layers(model, args)
+    layers = reference_layers(model, args)
     reward = load_reward(args, model, tokenizer, dtype, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
@@ -138,7 +134,7 @@ def train(args) -> None:
         with torch.no_grad():
             for part in passes:
                 part.logps = model.target_logps(**part.batch)
-                with as_reference(frozen):
+                with as_reference(layers):
                     part.reference_logps = model.target_logps(**part.batch)
 
         # The updates: a minibatch each
@@ -216,23 +212,28 @@ def forward_passes(groups: list[tuple], args, device) -> list[SimpleNamespace]:
     return passes
 
 
-def frozen_layers(model, args) -> list[tuple]:
-    """(layer, forward of the reference): the base's, or that of a frozen copy of --adapter."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+# --- copied from dpo.py: the reference of LoRA ---
+def reference_layers(model, args) -> list[tuple]:
+    """(LoRA layer, the reference's forward): its base's, or that of a frozen copy of --adapter."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not args.adapter:
         return [(layer, layer.base.forward) for layer in layers]
-    copies = [copy.deepcopy(layer, {id(layer.base): layer.base}) for layer in layers]
-    return [(layer, x.requires_grad_(False).forward) for layer, x in zip(layers, copies)]
+    copies = [copy.deepcopy(x, {id(x.base): x.base}).requires_grad_(False).eval() for x in layers]
+    return [(layer, start.forward) for layer, start in zip(layers, copies)]
 
 
 @contextmanager
-def as_reference(frozen: list[tuple]):
-    """The LoRA layers compute as before training, temporarily."""
-    for layer, forward in frozen:
+def as_reference(layers: list[tuple]):
+    """The LoRA layers compute as the reference, temporarily and without gradients."""
+    for layer, forward in layers:
         layer.forward = forward
-    yield
-    for layer, _ in frozen:
+    with torch.no_grad():
+        yield
+    for layer, _ in layers:
         del layer.forward
+
+
+# --- end ---
 
 
 @contextmanager
@@ -435,9 +436,9 @@ def main(argv=None) -> None:
     how = "divide advantages by the deviation of scores in the group, the batch, or not"
     add("--scale-rewards", choices=["group", "batch", "none"], default="group", help=how)
     add("--kl-coefficient", type=float, default=0.04, help="beta: the price of a nat of KL")
-    rewards = str(common.EXAMPLES / "rewards.py")
-    demo = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "reward": f"{rewards}:kindness"}
-    demo |= {"lr": 3e-3, "response_length": 48, "max_steps": 15, "samples": 4}
+    demo = {"lr": 3e-3, "response_length": 48, "max_steps": 15, "samples": 4}
+    demo["data"] = [f"{common.EXAMPLES}/pairs.jsonl"]
+    demo["reward"] = f"{common.EXAMPLES}/rewards.py:kindness"
     args = common.parse_args(parser, argv, demo=demo)
     check_flags(args)
     if args.batch_size % args.group_size:

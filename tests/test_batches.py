@@ -376,7 +376,8 @@ def test_losses_do_not_depend_on_the_passes(script, flags, random_model, tmp_pat
         script.main([*main, "--micro-batch-tokens", str(tokens), *more, *flags])
         runs.append(read_metrics(out)[1:-1])
     steps = [entry for entry in runs[0] if "loss" in entry]
-    assert len(steps) == 3
+    held_out = [entry["eval_loss"] for entry in runs[0] if "eval_loss" in entry]
+    assert len(steps) == 3 and held_out[0] > held_out[-1]
     for run in runs[1:]:
         for one, other in zip(runs[0], run, strict=True):
             rel = 1e-6 if one["step"] < 2 else 1e-5

@@ -287,8 +287,9 @@ def test_a_trained_part_moves_as_an_optimizer_of_it_moves_it(train, start, monke
     part, every = train("part", "--train", r"layers\.1\.mlp", *flags), train("every", *flags)
     for name in start:
         expected = every if "layers.1.mlp" in name else start
-        odd = (part[name] - expected[name]).abs() > 5e-6
-        assert odd.float().mean() < 1e-3, name  # near Adam's eps, the rounding of a gradient counts
+        # where a gradient is as small as Adam's eps, its rounding counts: in one element of 8,192
+        difference = (part[name] - expected[name]).abs()
+        assert (difference > 5e-6).sum() <= 1 and difference.max() < 2e-5, name
     trained = {name for name, p in models[0].named_parameters() if p.requires_grad}
     assert trained == {name for name in start if "layers.1.mlp" in name} and len(trained) == 3
 

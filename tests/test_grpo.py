@@ -79,7 +79,7 @@ def shift(tokens, advantages):
 
 def our_loss(args, model):
     """-> the loss of a minibatch, of the groups above"""
-    frozen, losses = grpo.frozen_layers(model, args), []
+    frozen, losses = grpo.reference_layers(model, args), []
     for part in grpo.forward_passes(groups_of_answers(), args, CPU):
         with torch.no_grad(), grpo.as_reference(frozen):
             reference = model.target_logps(**part.batch)
@@ -205,7 +205,7 @@ def test_the_reference_is_the_base_or_the_adapter_at_the_start(load, flags, tmp_
     (part,) = grpo.forward_passes(groups_of_answers(), args, CPU)
     plain = common.load_model(args, torch.float32, CPU)
     with torch.no_grad():
-        with grpo.as_reference(grpo.frozen_layers(model, args)):
+        with grpo.as_reference(grpo.reference_layers(model, args)):
             assert torch.equal(model.target_logps(**part.batch), plain.target_logps(**part.batch))
         moved = model.target_logps(**part.batch)
         assert (moved - plain.target_logps(**part.batch)).abs().max() > 0.1
@@ -252,6 +252,21 @@ def test_groups_have_one_prompt_and_figures(flags, monkeypatch, tmp_path):
     entries = [entry for entry in read_metrics(tmp_path / "run") if "score" in entry]
     assert [entry["equal_scores"] for entry in entries] == [1.0, 1.0]
     assert [entry["loss"] for entry in entries] == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_scaled_as_asked(scale, flags, monkeypatch, tmp_path):
+    (tmp_path / "rule.py").write_text("def rule(p, a, r):\n    return [len(x) ** 0.5 for x in a]")
+    seen, passes = [], grpo.forward_passes
+    monkeypatch.setattr(grpo, "forward_passes", lambda g, *x: seen.extend(g) or passes(g, *x))
+    more = ["--reward", f"{tmp_path}/rule.py:rule", "--scale-rewards", scale, "--max-steps", 1]
+    grpo.main(flags("run", *more))
+    scores = torch.tensor([[answer.score for answer in answers] for answers, _ in seen]).double()
+    deviation = {"group": scores.std(1, keepdim=True), "batch": scores.std(), "none": 1 - 1e-4}
+    expected = (scores - scores.mean(1, keepdim=True)) / (deviation[scale] + 1e-4)
+    found = torch.stack([advantages for _, advantages in seen]).double()
+    assert scores.std() > 0.1 and len(seen) > 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(flags, tmp_path):

@@ -237,12 +237,12 @@ def test_merging_adds_in_float32_and_rounds_once(kind, flags, tmp_path, capsys):
     assert not hasattr(config, "quantization_config") and config.dtype == torch.bfloat16
     moved = float(printed.split("logits move by ")[1].split()[0])
     ids = transformers.AutoTokenizer.from_pretrained(TINY)(qlora.__doc__).input_ids[:128]
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    args = make_args()
+    args.model, args.no_packing, args.gradient_checkpointing = str(tmp_path / "m"), False, 0
     with torch.no_grad():
-        drift = merged(torch.tensor([ids])).logits.float()
+        drift = qlora.logits(common.load_model(args, torch.bfloat16, CPU), torch.tensor([ids]))
         drift -= qlora.logits(loaded(TINY, tmp_path / "run"), torch.tensor([ids]))
-    # two implementations of the norms in bfloat16, and four printed decimals
-    assert moved == pytest.approx(drift.abs().mean().item(), rel=0.1)
+    assert moved == pytest.approx(drift.abs().mean().item(), rel=0.02)
 
 
 def test_paged_8_bit_states_train_as_well(flags, tmp_path):
