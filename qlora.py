@@ -1,7 +1,6 @@
 """QLoRA: train LoRA beside a base model whose linear layers are frozen in 4 bits a weight.
 
-Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314),
-equations 5 and 6:
+Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), equations 5 and 6:
 
     y = dequant(W4) x + s B A dropout(x)        dequant(W4) = code[index] * absmax
 
@@ -309,7 +308,9 @@ def merge(args) -> None:
             layer.base = merged
             merged = layer.merged()
         model.set_submodule(name, merged.to(torch.bfloat16))
-    after = logits(model.to(torch.bfloat16), ids)
+    for p in model.parameters():  # not the buffers: rotary frequencies stay float32
+        p.data = p.data.to(torch.bfloat16)
+    after = logits(model, ids)
     moved, same = (after - before).abs(), (after.argmax(-1) == before.argmax(-1)).float().mean()
     common.say(f"merged onto the {args.merge_base} weights: on {ids.shape[1]} tokens of this "
                f"script's docstring the logits move by {moved.mean():.4f} on average and "
