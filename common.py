@@ -101,14 +101,14 @@ def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentPar
     add("--batch-size", type=int, default=16, help="examples of an optimizer step, over all GPUs")
     add("--lr", type=float, default=lr, help="peak learning rate")
     add("--warmup-ratio", type=float, default=0.03, help="share of steps before the peak")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's, of matrices alone")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, on matrices only")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; 0: do not")
     add("--seed", type=int, default=0, help="of initial values, data order and held-out rows")
-    add("--patience", type=int, default=0, help="evaluations without a lower loss to stop after")
+    add("--patience", type=int, default=0, help="stop after N evaluations without a lower loss")
     add = parser.add_argument_group("memory").add_argument
     add("--micro-batch-tokens", type=int, default=4096, help="tokens of a forward pass on a GPU")
     add("--no-packing", action="store_true", help="pad examples instead of packing them")
-    again = {"nargs": "?", "const": 10**6, "help": "compute N blocks (or all) again: less memory"}
+    again = {"nargs": "?", "const": 10**6, "help": "recompute the activations of N blocks (or all)"}
     add("--gradient-checkpointing", type=int, default=0, metavar="N", **again)
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of computation")
     add = parser.add_argument_group("evaluating and saving").add_argument
@@ -238,8 +238,9 @@ ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 PROMPTS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "response", "output", "answer")
 INPUTS = ("input", "context")  # Alpaca's, Dolly's: a second part of the prompt
-LAYOUTS = ("messages", "conversations"), PROMPTS, ANSWERS, ("text",)
-# Fields that change what a row means: one that is there and is not used is an error.
+LAYOUTS = ("messages", "conversations"), PROMPTS, ANSWERS, ("text",)  # names of a row's parts
+# Fields that change what a row means: one that is there and is not used is an error. SAID: what a
+# message says.
 SAID = ("content", "reasoning_content", "thinking", "tool_calls")
 MEANINGFUL = """system tools functions history input context documents weight label chosen rejected
 rejected_response responses images image videos audios function_call reasoning""".split()

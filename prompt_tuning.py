@@ -33,7 +33,7 @@ Questions people ask
   What does it cost?   P more positions in every pass: nothing can be merged.
 
 Measured: `python prompt_tuning.py` answers 0 of 100 held-out prompts exactly before, and 0, 1 and 3
-after (--seed 0, 1, 2; --encoder lstm or mlp --lr 3e-3: 0), on CPU cores (torch 2.13,
+after (--seed 0, 1, 2; --encoder lstm or mlp --lr 3e-3: 0; one CPU core, torch 2.13,
 2026-11-26). Prompt tuning needs larger models, as the title of Lester et al. says.
 
     python prompt_tuning.py                                  # too hard for the bundled model
