@@ -1431,10 +1431,15 @@ def add_adapter(model, args, layer, device) -> dict:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
+            "target_modules": target_modules(adapted, layers), "bias": "none"}  # fmt: skip
+
+
+def target_modules(adapted: list[str], layers: list[str]) -> list[str]:
+    """Layers as in PEFT's config: by the last part of their names, if no other layer has it."""
     short = {name.rpartition(".")[2] for name in adapted}
     unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
+    return sorted(short if unique else adapted)
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
