@@ -54,10 +54,10 @@ class IA3Linear(nn.Module):
         self.ia3_l = nn.Parameter(torch.ones(shape, device=base.weight.device))
 
     def forward(self, x):
-        l = self.ia3_l.flatten()  # noqa: E741
+        scale = self.ia3_l.flatten()
         if self.scale_inputs:
-            return self.base((x * l).to(x.dtype))  # W (l * x) + b
-        return (self.base(x) * l).to(x.dtype)  # l * (W x + b)
+            return self.base((x * scale).to(x.dtype))  # W (l * x) + b
+        return (self.base(x) * scale).to(x.dtype)  # l * (W x + b)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -72,27 +72,23 @@ class IA3Linear(nn.Module):
 def add_scales(model, args, device) -> dict:
     """Freeze the model and put an IA3Linear around every target, or as --adapter has it, with its
     tensors. -> fields of PEFT's IA3Config"""
-    tensors, feedforward = {}, []
+    targets, inner, tensors, flag = args.targets, args.feedforward_targets, {}, "--targets"
     if args.adapter:
         _, tensors = common.load_adapter(args.adapter, model, "IA3")
-        names = ",".join(name.removesuffix(".ia3_l") for name in tensors)
-        adapted, layers = common.find_targets(model, names, f"--adapter {args.adapter}")
-        feedforward = [name for name in adapted if len(tensors[f"{name}.ia3_l"]) == 1]
-    else:
-        adapted, layers = common.find_targets(model, args.targets)
-        if args.feedforward_targets:
-            names = args.feedforward_targets
-            feedforward, _ = common.find_targets(model, names, "--feedforward-targets")
-    others = [name for name in adapted if name not in feedforward]
+        shapes = {name.removesuffix(".ia3_l"): x.shape for name, x in tensors.items()}
+        targets, flag = ",".join(shapes), f"--adapter {args.adapter}"
+        inner = ",".join(name for name, shape in shapes.items() if shape[0] == 1)
+    outputs, layers = common.find_targets(model, targets, flag)
+    inputs = common.find_targets(model, inner, "--feedforward-targets")[0] if inner else []
+    outputs = [name for name in outputs if name not in inputs]
     model.requires_grad_(False)
-    for name in others + feedforward:
-        new = IA3Linear(model.get_submodule(name), scale_inputs=name in feedforward)
+    for name in outputs + inputs:
+        new = IA3Linear(model.get_submodule(name), scale_inputs=name in inputs)
         model.set_submodule(name, new)
-    common.fill_adapter(model, args, tensors, device, f"in {len(others + feedforward)} layers")
-    feedforward = common.target_modules(feedforward, layers)
-    others = common.target_modules(others, layers)
-    return {"peft_type": "IA3", "target_modules": others + feedforward,
-            "feedforward_modules": feedforward}  # fmt: skip
+    common.fill_adapter(model, args, tensors, device, f"in {len(outputs + inputs)} layers")
+    outputs, inputs = (common.target_modules(names, layers) for names in (outputs, inputs))
+    config = {"peft_type": "IA3", "target_modules": outputs + inputs}
+    return config | {"feedforward_modules": inputs}
 
 
 def train(args) -> None:
