@@ -182,7 +182,8 @@ def test_three_steps_from_pefts_adapter_are_pefts(base, flags, tmp_path, monkeyp
     torch.testing.assert_close(logits(start), logits(theirs), rtol=0, atol=1e-5)
     more = ["--adapter", tmp_path / "theirs", "--weight-decay", 0.5, "--micro-batch-tokens", 60]
     ia3.main(flags("run", *more))
-    documents = [torch.tensor([*text.encode(), 257]) for text in TEXTS]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    documents = [torch.tensor([*tokenizer(text).input_ids, 257]) for text in TEXTS]
     count, losses = sum(len(ids) - 1 for ids in documents), []
     trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
