@@ -26,11 +26,12 @@ Choices and departures from the paper
 
 Questions people ask
   Why ones?       Then y = W x + b, and training starts from exactly the base model.
-  Why these?      The paper tried others; these three were enough, and keep l small.
+  Why these?      The paper found that scaling other activations was not necessary.
   Merge?          Scaling rows or columns of W is a product of W and l in PEFT's shapes, so
                   --merge-only costs nothing at inference. Float32, rounded once.
-  Other names?    A layer that computes queries, keys and values at once (GPT-NeoX's
-                  query_key_value, Phi-3's qkv_proj) is scaled as a whole.
+  Other names?    --targets and --feedforward-targets take them. A layer that computes queries,
+                  keys and values at once (Phi-3's qkv_proj) can only be scaled as a whole.
+                  Where experts are no nn.Linear layers: --feedforward-targets ''.
   Against LoRA?   Far fewer numbers, and each can only scale what the base already computes.
 """
 
@@ -51,7 +52,8 @@ class IA3Linear(nn.Module):
         super().__init__()
         self.base, self.scale_inputs = base, scale_inputs
         shape = (1, base.in_features) if scale_inputs else (base.out_features, 1)
-        self.ia3_l = nn.Parameter(torch.ones(shape, device=base.weight.device))
+        kind = {"dtype": torch.float32, "device": base.weight.device}
+        self.ia3_l = nn.Parameter(torch.ones(shape, **kind))
 
     def forward(self, x):
         scale = self.ia3_l.flatten()
@@ -221,13 +223,13 @@ def main(argv=None) -> None:
     add = parser.add_argument_group("(IA)^3").add_argument
     kinds = ": names with commas between them, or a regular expression"
     add("--targets", default="k_proj,v_proj", help="layers whose outputs are scaled" + kinds)
-    where = "layers whose inputs are scaled"
+    where = "layers whose inputs are scaled; '': none"
     add("--feedforward-targets", metavar="TARGETS", default="down_proj", help=where)
     start = "start from this adapter, ours or PEFT's, with its targets"
     add("--adapter", metavar="FOLDER", help=start)
     merge = "merge --adapter into --model, save the result in --output, and exit"
     add("--merge-only", action="store_true", help=merge)
-    args = common.parse_args(parser, argv, demo={"lr": 3e-2, "epochs": 10.0})
+    args = common.parse_args(parser, argv, demo={"lr": 0.3, "epochs": 20.0})
     merge_adapter(args) if args.merge_only else train(args)
 
 
