@@ -33,6 +33,15 @@ Questions people ask
                   keys and values at once (Phi-3's qkv_proj) can only be scaled as a whole.
                   Where experts are no nn.Linear layers: --feedforward-targets ''.
   Against LoRA?   Far fewer numbers, and each can only scale what the base already computes.
+
+Measured: `python ia3.py` answers 0 of 100 held-out prompts exactly before, and 98, 100 and 99
+after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26), at a rate of 0.3 for 20 epochs.
+`python ia3.py --model SmolLM2-135M-Instruct --data gsm8k_train.jsonl --eval-data 0.002 --max-steps
+10 --batch-size 8 --lr 3e-2` takes the held-out loss from 1.283 to 0.862 (the same).
+
+    python ia3.py                                      # the bundled model learns a task
+    python ia3.py --model BASE --data train.jsonl      # BASE: a folder or a Hub name
+    python ia3.py --merge-only --model BASE --adapter runs/ia3 --output runs/merged
 """
 
 import math
