@@ -127,6 +127,8 @@ def train(args) -> None:
         check_one_pass(train_set, common.plan_steps(train_set, args), args)
     dtype, masters = (torch.bfloat16,) * 2 if args.pure_bfloat16 else (dtype, torch.float32)
     model = common.load_model(args, dtype, device, masters, shard=sharded, offload=args.offload)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     if args.train:
         freeze_others(model, args.train, dtype, sharded)
     names, parameters = zip(*[x for x in model.named_parameters() if x[1].requires_grad])

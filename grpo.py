@@ -90,6 +90,8 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device)
     common.disable_dropout(model)
     config = common.add_adapter(model, args, LoRALinear, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     layers = reference_layers(model, args)
     reward = load_reward(args, model, tokenizer, dtype, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -418,7 +420,7 @@ def add_rollout_flags(parser) -> None:
 def check_flags(args) -> None:
     if args.rollout_size % args.batch_size:
         raise common.UserError("--rollout-size is not a multiple of --batch-size")
-    if not args.reward and not args.inspect:
+    if not (args.reward or args.inspect or args.chat):
         raise common.UserError("--reward names no reward model and no function")
 
 

@@ -176,6 +176,8 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device, load_in_4bit=True)
     common.say(f"the base's linear layers take {bits_per_weight(model):.3f} bits a weight")
     config = common.add_adapter(model, args, LoRALinear, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
     if args.optimizer == "paged_adamw8bit":

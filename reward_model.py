@@ -377,7 +377,7 @@ def score_file(args) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/reward_model", lr=1e-5)
+    parser = common.make_parser(__doc__, output="runs/reward_model", lr=1e-5, chat=False)
     parser.set_defaults(epochs=1.0)
     add = parser.add_argument_group("reward model").add_argument
     only = "train nothing: write the rows of --data with rewards to --output/scores.jsonl"
