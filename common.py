@@ -1725,7 +1725,8 @@ class Log:
     """The progress bar, metrics.jsonl and signals.
 
     metrics.jsonl has a line for the run, one for every step and evaluation, and a last one
-    {"done": true}. `write` is where TensorBoard or W&B would be called.
+    {"done": true}. A tracker is a line in `write`: wandb.log(entry, step=entry.get("step")), or
+    TensorBoard's add_scalar(key, value, entry["step"]) for every number of an entry.
     """
 
     READ_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits

@@ -150,7 +150,9 @@ def test_adapter_answers_as_its_own_forward_pass_does(train, chat, monkeypatch):
 
 def test_system_template_and_batches(train, chat):
     """Flags of training that change a prompt are in the command. 40 lines are two batches."""
-    folder, (command,) = train("lora", "--system", "Be brief, don't ramble.", "--template", "alpaca")
+    folder, (command,) = train(
+        "lora", "--system", "Be brief, don't ramble.", "--template", "alpaca"
+    )
     flags = shlex.split(command)[2:]
     assert flags[4:] == ["--template", "alpaca", "--system", "Be brief, don't ramble.", "--chat"]
     lines = [f"Say {a} and {b}" for a in LETTERS for b in "xy"]
