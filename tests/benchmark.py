@@ -105,7 +105,35 @@ def make_work(folder: Path, args) -> None:
             pair = {"prompt": turn("user", n, prompt)}
             pair["chosen"] = turn("assistant", n + 1, answer)
             pair["rejected"] = turn("assistant", n + 2, answer)
+            if args.real_pairs:
+                row = real_pairs()[n % len(real_pairs())]
+                pair = {key: [{"role": role, "content": row[key]}] for key, role in ROLES.items()}
             file.write(json.dumps(pair) + "\n")
+
+
+ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
+@functools.cache
+def real_pairs() -> list[dict]:
+    """The rows of examples/preferences.jsonl; of ranked answers, the best and the worst."""
+    lines = (ROOT / "examples" / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    ranked = [row for row in rows if "responses" in row]
+    for row in ranked:
+        row |= {"chosen": row["responses"][0], "rejected": row["responses"][-1]}
+    return [row for row in rows if all(isinstance(row.get(key), str) for key in ROLES)]
+
+
+def tokens_of_pairs(folder: str, args) -> float:
+    """Of the texts in a step, the prompt counted with either answer, as TRL computes it: the
+    ratio of two sides is that of pairs a second. A byte is a token."""
+    total = rows = 0
+    for row in map(json.loads, Path(data_of(folder, args)).read_text().splitlines()):
+        texts = ("prompt", "prompt", "chosen", "rejected")
+        total += sum(len(row[key][0]["content"].encode()) for key in texts)
+        rows += 1
+    return total / rows * args.rows
 
 
 def examples_of_a_step(args) -> int:
@@ -324,11 +352,11 @@ def ours(folder: str, args) -> None:
     random_weights(folder, torch.float32)
     meter = Profiler() if args.profile else Meter(args.skip)
     script = importlib.import_module(script_of(args.method))
-    watch(script, meter)
+    watch(script, meter, folder, args)
     script.main(flags_of(folder, args))
 
 
-def watch(script, meter) -> None:
+def watch(script, meter, folder: str, args) -> None:
     """Measure the run that follows. The process ends after the last step, before anything is
     answered or saved: only the steps count."""
     import common
@@ -346,7 +374,9 @@ def watch(script, meter) -> None:
         if log.run["step"] == 0:
             meter.begin()
             return []
-        meter.report(log.run["tokens"] / log.run["step"])
+        pairs = args.method in PREFERENCES
+        tokens = tokens_of_pairs(folder, args) if pairs else log.run["tokens"] / log.run["step"]
+        meter.report(tokens)
         os._exit(0)
 
     def first_rollout(*rest):
@@ -526,7 +556,7 @@ def theirs(folder: str, args) -> None:
     trainer.train()
     tokens = args.rows * (args.length // args.document) * args.document
     if args.method in PREFERENCES:
-        tokens = args.rows * args.document * 2
+        tokens = tokens_of_pairs(folder, args)
     if padding:
         tokens = trainer.state.num_input_tokens_seen / args.steps
     meter.report(tokens)
@@ -680,6 +710,8 @@ def parse_args(argv=None):
     add("--repeats", type=int, default=3)
     add("--recompute", action="store_true", help="gradient checkpointing on both sides")
     add("--lora", action="store_true", help="LoRA in sft, dpo, orpo and reward as well")
+    real = "dpo, orpo, reward: the pairs of examples/preferences.jsonl in place of made-up ones"
+    add("--real-pairs", action="store_true", help=real)
     add("--flags", default="", help="more flags for our script, in one string")
     kinds = "of ours: milliseconds of a step, by kind of operation"
     add("--profile", action="store_true", help=kinds)
