@@ -76,11 +76,8 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stderr if "--chat" in sys.argv else None)
 
 
-def make_parser(
-    doc: str, output: str, lr: float | None, chat: bool = True
-) -> argparse.ArgumentParser:
-    """A parser with the flags of all scripts. doc: the script's docstring. chat: its model
-    answers."""
+def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags of all scripts. doc: the script's docstring."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --model MODEL --data FILE [flags]",
         description=doc.split("\n\n")[0],

@@ -1,8 +1,6 @@
-"""DoRA: split each frozen weight into magnitude and direction; train the magnitude, and the
-direction through LoRA.
+"""DoRA: train the magnitude of each frozen weight, and its direction through LoRA.
 
-Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), equations 5
-and 11:
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), eq. 5, 11:
 
     W' = m * V / ||V||,    V = W0 + s B A,    ||V|| the norm of each output row
     y  = (m / ||V||) * (W0 x + s B A dropout(x)) + bias        computed without W' and V

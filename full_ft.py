@@ -54,6 +54,7 @@ after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). Memory of a 7B on 
 
     python full_ft.py                                           # the bundled model learns a task
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
+    python full_ft.py --model runs/full_ft --chat
     torchrun --nproc-per-node 8 full_ft.py --model BASE --data train.jsonl --gradient-checkpointing
 """
 

@@ -127,10 +127,8 @@ def train(args) -> None:
         groups = [*zip(groups, group_advantages(scores, args.scale_rewards))]
         generator = np.random.default_rng([args.seed, step])
         order = generator.permutation(len(groups))
-        minibatches = [
-            forward_passes([groups[n] for n in chosen], args, device)
-            for chosen in np.split(order, range(size, len(order), size))
-        ]
+        chosen = np.split(order, range(size, len(order), size))
+        minibatches = [forward_passes([groups[n] for n in part], args, device) for part in chosen]
         passes = [part for parts in minibatches for part in parts]
         with torch.no_grad():
             for part in passes:

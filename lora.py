@@ -39,6 +39,7 @@ SmolLM2-135M-Instruct --data gsm8k_train.jsonl --eval-data 0.005 --max-steps 24 
 
     python lora.py                                     # the bundled model learns a task
     python lora.py --model BASE --data train.jsonl     # BASE: a folder or a Hub name
+    python lora.py --model BASE --adapter runs/lora --chat
     python lora.py --merge-only --model BASE --adapter runs/lora --output runs/merged
 """
 

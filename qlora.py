@@ -21,8 +21,7 @@ Three ideas save memory, the first two in functions below; a weight takes 4.127 
 Choices and departures from the paper
   - bitsandbytes quantises and multiplies (common.py, Linear4bit). `nf4_quantize` gives its bytes
     to the last bit; `double_quantize` the nearest code, from which bitsandbytes' CPU kernel is
-    one off about once in a thousand. Merging uses the two `*_dequantize` functions; the
-    `*_quantize` functions are there to be read.
+    one off about once in a thousand. Merging calls `*_dequantize`; `*_quantize` is to be read.
   - Every linear layer but the output head is quantised and adapted. Embedding, head and norms
     stay in bfloat16; norms compute in float32.
   - Rank 16 and alpha 32 (the paper: 64 and 16); paged states of 8 bits (the authors' code: 32).
