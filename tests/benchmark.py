@@ -361,7 +361,7 @@ def watch(script, meter, folder: str, args) -> None:
     answered or saved: only the steps count."""
     import common
 
-    step_done, rates = common.Log.step_done, []
+    step_done, rates, plain = common.Log.step_done, [], []
 
     def timed_step_done(log, *rest, **figures):
         step_done(log, *rest, **figures)
@@ -379,22 +379,43 @@ def watch(script, meter, folder: str, args) -> None:
         meter.report(tokens)
         os._exit(0)
 
-    def first_rollout(*rest):
+    def timed_rollout(*rest):
         if not hasattr(meter, "last"):
             meter.begin()
+        plain.append(generate_speed(*rest))
+        meter.last = time.perf_counter()
         return write_answers(*rest)
 
     def report(log, *rest):
-        rate = statistics.median(rates[meter.skip :])
-        meter.report(log.run["tokens"] / log.run["step"], rollout_tokens_per_second=rate)
+        names = "rollout_tokens_per_second", "generate_tokens_per_second"
+        speeds = [statistics.median(x[meter.skip :]) for x in (rates, plain)]
+        meter.report(log.run["tokens"] / log.run["step"], **dict(zip(names, speeds)))
         os._exit(0)
 
     common.Log.step_done, script.answer_samples = timed_step_done, answer_samples
     if script.__name__ == "ppo":
-        write_answers, script.write_answers = script.write_answers, first_rollout
+        write_answers, script.write_answers = script.write_answers, timed_rollout
         common.Log.done, common.save_adapter = report, lambda *_: None
     common.check_model = lambda *_, **__: None  # random weights: nothing to check
 
+
+def generate_speed(model, reward, tokenizer, examples, args, device, step) -> float:
+    """Tokens/s of transformers' generate(do_sample=True) from the same prompts as a rollout."""
+    import torch
+
+    import common
+
+    prompts = [torch.as_tensor(ids)[mark == 0] for ids, mark in zip(*map(examples.get, COLUMNS))]
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    options = {"max_new_tokens": args.response_length, "pad_token_id": tokenizer.pad_token_id}
+    start = time.perf_counter()
+    with common.evaluating(model), common.own_attention(model):
+        ids = model.generate(**inputs.to(device), **options, do_sample=True, top_k=0)
+    width = inputs["input_ids"].shape[1]
+    return (ids[:, width:] != tokenizer.pad_token_id).sum().item() / (time.perf_counter() - start)
+
+
+COLUMNS = "input_ids", "is_target"
 
 # aten operations by what they are for; what is not listed counts as the rest
 KINDS = {
@@ -758,9 +779,9 @@ def compare(args) -> None:
         memory = [median(side, "gib") for side in ("ours", against)]
         print_row(method, *speed, f"{statistics.median(ratios):.2f} ({spread})",
                   *(f"{gib:.2f}" for gib in memory), f"{memory[0] / memory[1]:.2f}")  # fmt: skip
-        if method == "ppo":
-            name = "rollout_tokens_per_second"
-            print_row(name, f"{median('ours', name):,.0f}", *[""] * 5)
+        for name in ("rollout_tokens_per_second", "generate_tokens_per_second"):
+            if method == "ppo":
+                print_row(name, f"{median('ours', name):,.0f}", *[""] * 5)
         results[method] = runs
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "json"}
