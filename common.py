@@ -1052,7 +1052,7 @@ def load_model(
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
-    if RANK == 0 and method is target_logps:
+    if RANK == 0 and method is target_logps and not args.chat:
         check_model(model, args, exact=dtype == torch.float32)
     if shard:
         shard_model(model, dtype, device, offload, method.__name__)
@@ -1580,6 +1580,7 @@ def say_how_to_chat(args, model, *words: str) -> None:
     """The command for the result of a training run."""
     for name in ("template", "system"):
         words += (f"--{name}", getattr(args, name)) if getattr(args, name) else ()
+    words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
     if model.can_generate() and not args.merge_only:
         say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
 

@@ -46,10 +46,11 @@ def chat(monkeypatch, capsys):
     """script, flags, lines -> rows of the answers"""
 
     def run(script, flags, lines=PROMPTS) -> list[dict]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--chat"])
-        flags = [*flags, "--chat-tokens", str(TOKENS)]
-        importlib.import_module(script).main(["--dtype", "float32", *flags])
+        flags = ["--dtype", "float32", *flags, "--chat-tokens", str(TOKENS)]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+            patch.setattr(sys, "argv", [f"{script}.py", "--chat"])
+            importlib.import_module(script).main(flags)
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -106,10 +107,11 @@ def test_the_printed_command_answers_as_peft_does(script, train, chat):
 def test_every_lora_script_answers_with_the_adapter(train, chat):
     """ppo.py has layers for several roles, and the policy's is on."""
     flags = ["--model", TINY, "--adapter", str(train("lora")[0]), "--chat"]
-    answers = [chat(script, flags) for script in ("lora", "orpo", "ppo", "grpo")]
+    answers = [chat(script, flags) for script in ("lora", "dpo", "ppo", "grpo")]
     assert answers[0] == answers[1] == answers[2] == answers[3]
-    four_bits = completions(chat("qlora", flags))
-    assert four_bits[0] == answers[0][0]["completion"]
+    _, (command,) = train("orpo", "--lora-rank", "4", "--load-in-4bit", output="orpo")
+    assert shlex.split(command)[-2:] == ["--load-in-4bit", "--chat"]
+    assert chat("qlora", flags) == chat("orpo", [*flags, "--load-in-4bit"]) != answers[0]
     base = chat("lora", ["--model", TINY, "--chat"])
     assert completions(base) == [expected(base_model(), [user(p)]) for p in PROMPTS]
 
