@@ -504,16 +504,20 @@ def check_written(tokenizer, encoded: list, turns: list[dict], answers: list[int
 
 
 def complete_turns(turns: list[dict], settings: dict) -> list[dict]:
-    """With the system turn of --system where there is none; as --merge-system has them."""
+    """With the system turn of --system where there is none, and as --merge-system has them."""
     if settings["system"] is not None and turns[0]["role"] != "system":
         turns = [to_message(settings["system"], "system"), *turns]
-    merged = turns[:0] if settings["merge_system"] else turns
-    for turn in turns if settings["merge_system"] else []:
+    if not settings["merge_system"]:
+        return turns
+    merged = []
+    for turn in turns:
         turn = turn | {"role": "user"} if turn["role"] == "system" else turn
         last = merged[-1] if merged else {}
         if turn["role"] != "tool" and last | {"content": ""} == turn | {"content": ""}:
-            turn = turn | {"content": f"{merged.pop()['content']}\n\n{turn['content']}"}
-        merged.append(turn)
+            both = filter(None, (last["content"], turn["content"]))
+            merged[-1] = turn | {"content": "\n\n".join(both)}
+        else:
+            merged.append(turn)
     return merged
 
 
@@ -1024,11 +1028,11 @@ def load_model(
     if load_in_4bit and (shard or weights):
         raise UserError("a base in 4 bits needs an adapter, and every rank has a copy: no --shard")
     auto_class, options = transformers.AutoModelForCausalLM, {}
-    config = pretrained(transformers.AutoConfig, args.model)
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        auto_class = transformers.AutoModelForImageTextToText
     if method:
         auto_class, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    config = pretrained(transformers.AutoConfig, args.model, **options)
+    if not method and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto_class = transformers.AutoModelForImageTextToText
     method = method or target_logps
     if RANK == 0:
         options |= {"use_safetensors": True, "output_loading_info": True}
@@ -1038,7 +1042,6 @@ def load_model(
             raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
         model.to("cpu" if shard or load_in_4bit else device)
     else:
-        config = pretrained(transformers.AutoConfig, args.model, **options)
         with torch.device("meta"):
             model = auto_class.from_config(config, dtype=weights or dtype)
     if (decoder := language_part(model)) is not model:
@@ -1412,10 +1415,10 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     one regular expression for whole names, as in PEFT. Every name must match. Layers outside a
     multimodal model's language part are never adapted.
     """
-    heads, inside = (model.get_output_embeddings(), getattr(model, "score", None)), set()
-    every = [(n, m) for n, m in model.named_modules() if type(m) in LINEAR and m not in heads]
-    inside.update(language_part(model).modules())
-    layers = [name for name, module in every if module in inside]
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    linear = {n: m for n, m in model.named_modules() if type(m) in LINEAR and m not in heads}
+    inside = set(language_part(model).modules())
+    layers = [name for name, module in linear.items() if module in inside]
     if not layers:
         problem = "has no nn.Linear layers (GPT-2's Conv1D is none): full_ft.py trains it"
         raise UserError(f"{type(model).__name__} {problem}")
@@ -1429,19 +1432,20 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; there are {known}")
         chosen.update(found)
-    return [layer for layer in layers if layer in chosen], [name for name, _ in every]
+    return [layer for layer in layers if layer in chosen], list(linear)
 
 
 def say_unreached(model) -> None:
-    """Matrices that are in no linear layer, such as fused experts, get no adapter."""
-    reached = {id(m.weight) for m in model.modules() if type(m) in LINEAR}
-    reached |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    left = [x for x in language_part(model).named_parameters() if x[1].dim() > 1]
-    left = [(name, p) for name, p in left if id(p) not in reached]
-    if left:
-        names = sorted({".".join(name.split(".")[-2:]) for name, _ in left})
-        part = sum(p.numel() for _, p in left) / sum(p.numel() for p in model.parameters())
-        say(f"no adapter reaches {', '.join(names)} ({part:.0%} of the model): full_ft.py does")
+    """Name the matrices that are in no linear layer, such as fused experts."""
+    usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
+    known, sizes = set(map(id, usual)), {}
+    for name, p in language_part(model).named_parameters():
+        if p.dim() > 1 and id(p) not in known:
+            name = ".".join(name.split(".")[-2:])
+            sizes[name] = sizes.get(name, 0) + p.numel()
+    if sizes:
+        count = f"{sum(sizes.values()):,} parameters in no nn.Linear"
+        say(f"no adapter reaches {', '.join(sizes)}: {count} (qlora.py keeps them in 16 bits)")
 
 
 def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
