@@ -37,7 +37,7 @@ import time
 import types
 import unicodedata
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +93,8 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--eval-data", nargs="+", default=["0.05"], help=held_out)
     add("--max-length", type=int, help="tokens of an example; None: the model's, at most 2048")
     add("--system", metavar="TEXT", help="system turn of conversations that have none")
+    merge = "put the system turn into the user's, and join consecutive turns of one role"
+    add("--merge-system", action="store_true", help=merge)
     add("--template", help="a .jinja file, alpaca or none (strings joined); None: the model's own")
     add("--skip-bad-rows", action="store_true", help="drop rows that cannot be used")
     add("--inspect", action="store_true", help="print the first examples with their targets, exit")
@@ -511,6 +513,24 @@ def check_written(tokenizer, encoded: list, turns: list[dict], answers: list[int
             raise ValueError(f"the chat template does not write {key!r} {part!r:.40}")
 
 
+def complete_turns(turns: list[dict], settings: dict) -> list[dict]:
+    """With the system turn of --system where there is none, and as --merge-system has them."""
+    if settings["system"] is not None and turns[0]["role"] != "system":
+        turns = [to_message(settings["system"], "system"), *turns]
+    if not settings["merge_system"]:
+        return turns
+    merged = []
+    for turn in turns:
+        turn = turn | {"role": "user"} if turn["role"] == "system" else turn
+        last = merged[-1] if merged else {}
+        if turn["role"] != "tool" and last | {"content": ""} == turn | {"content": ""}:
+            both = filter(None, (last["content"], turn["content"]))
+            merged[-1] = turn | {"content": "\n\n".join(both)}
+        else:
+            merged.append(turn)
+    return merged
+
+
 def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
     """-> documents as (ids, is_target); none where no answer is a target, or one is empty."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
@@ -546,15 +566,14 @@ def make_example(prompt=(), ids=(), marks=(), note: str = "") -> dict:
 def encode_row(row, tokenizer, settings: dict) -> list[dict]:
     """The examples of a row, or one without tokens whose note says why."""
     turns, tools = parse_row(row, settings["prompts_alone"])
-    limit, system, eos = settings["max_length"], settings["system"], tokenizer.eos_token_id
+    limit, eos = settings["max_length"], tokenizer.eos_token_id
     if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
         ids = tokenizer(turns).input_ids if turns.strip() else [eos]
         prompt = ids = ids if ids[-1] == eos else [*ids, eos]
         pieces = [ids[first : first + limit] for first in range(0, len(ids), limit)]
         encoded = [(piece, np.ones(len(piece), dtype=bool)) for piece in pieces]
     else:
-        if system is not None and turns[0]["role"] != "system":
-            turns = [to_message(system, "system"), *turns]
+        turns = complete_turns(turns, settings)
         if settings["prompts_alone"] and turns[-1]["role"] != "assistant":
             ids = encode_prompt(tokenizer, turns, tools)
             note = "" if len(ids) <= limit else "no target"
@@ -622,8 +641,7 @@ def share_prompt(encoded: list[tuple], limit: int) -> tuple[list, np.ndarray, li
 def encode_preference(row, tokenizer, settings: dict) -> list[dict]:
     """A prompt with its answers as one example, or one without tokens whose note says why."""
     turns, answers, tools, margin = parse_preference(row)
-    if settings["system"] is not None and turns[0]["role"] != "system":
-        turns = [to_message(settings["system"], "system"), *turns]
+    turns = complete_turns(turns, settings)
     limit, different = settings["max_length"], {}
     encoded = encode_answers(tokenizer, turns, answers, tools, settings["whole"])
     for ids, marks in encoded:
@@ -662,6 +680,9 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
                     examples = encode(row, tokenizer, settings)
                 except Exception as error:  # what can be wrong with a row is open-ended
                     reason = str(error or repr(error)).splitlines()[0]
+                    with suppress(Exception):
+                        encode(row, tokenizer, settings | {"merge_system": True})
+                        reason += " (it can be used with --merge-system)"
                     examples = [make_example(note=f"{place}: {reason}")]
                 for example in examples:
                     yield dict.fromkeys(columns) | example | {"source": number}
@@ -689,6 +710,7 @@ def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
+    settings |= {"merge_system": args.merge_system}
     settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
     settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
@@ -1026,6 +1048,9 @@ def load_model(
     auto_class, options = transformers.AutoModelForCausalLM, {}
     if method:
         auto_class, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    config = pretrained(transformers.AutoConfig, args.model, **options)
+    if not method and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto_class = transformers.AutoModelForImageTextToText
     method = method or target_logps
     if RANK == 0:
         options |= {"use_safetensors": True, "output_loading_info": True}
@@ -1035,9 +1060,12 @@ def load_model(
             raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
         model.to("cpu" if shard or load_in_4bit else device)
     else:
-        config = pretrained(transformers.AutoConfig, args.model, **options)
         with torch.device("meta"):
             model = auto_class.from_config(config, dtype=weights or dtype)
+    if (decoder := language_part(model)) is not model:
+        say("a multimodal model: only its language part trains, on text")
+        model.base_model.requires_grad_(False)
+        decoder.requires_grad_(True)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
@@ -1072,9 +1100,15 @@ def load_model(
     return model.train()
 
 
+def language_part(model):
+    """What text runs through: the decoder of a multimodal model, another model as a whole."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
 def blocks(model) -> list[nn.Module]:
     """The decoder blocks, in order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    modules = language_part(model).modules()
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 
 def shard_model(model, dtype, device, offload: bool, method: str) -> None:
@@ -1125,6 +1159,8 @@ class Linear4bit(nn.Linear):
         return matmul_4bit(x, self.weight, self.state, bias=self.bias)
 
 
+LINEAR = nn.Linear, Linear4bit  # not their other subclasses: routers, say
+
 # Checkpoints have whole tensors of what trains, on rank 0's CPU.
 SAVE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 LOAD = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=RANKS > 1, strict=False)
@@ -1158,6 +1194,8 @@ def lean_mlp(self, x):
 
 
 def lean_forward(module):
+    if len(inspect.signature(module.forward).parameters) != 1:  # norms with a gate
+        return None
     if isinstance(getattr(module, "gate_proj", None), nn.Linear):
         return lean_mlp
     return lean_norm if hasattr(module, "variance_epsilon") else None
@@ -1392,12 +1430,16 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     """-> (names of the linear layers to adapt, the names of all but the output head).
 
     targets: "all-linear"; names with commas between them, each the end of a layer's name; or
-    one regular expression for whole names, as in PEFT. Every name must match.
+    one regular expression for whole names, as in PEFT. Every name must match. Layers outside a
+    multimodal model's language part are never adapted.
     """
-    heads, linear = (model.get_output_embeddings(), getattr(model, "score", None)), nn.Linear
-    layers = [n for n, m in model.named_modules() if isinstance(m, linear) and m not in heads]
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    linear = {n: m for n, m in model.named_modules() if type(m) in LINEAR and m not in heads}
+    inside = set(language_part(model).modules())
+    layers = [name for name, module in linear.items() if module in inside]
     if not layers:
-        raise UserError(f"{type(model).__name__} has no nn.Linear layers (GPT-2's Conv1D is none)")
+        problem = "has no nn.Linear layers (GPT-2's Conv1D is none): full_ft.py trains it"
+        raise UserError(f"{type(model).__name__} {problem}")
     is_regex, chosen = re.search(r"[*+?|()\[\]^$\\]", targets), set()
     for name in [targets] if is_regex else map(str.strip, targets.split(",")):
         if is_regex:
@@ -1408,7 +1450,20 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; there are {known}")
         chosen.update(found)
-    return [layer for layer in layers if layer in chosen], layers
+    return [layer for layer in layers if layer in chosen], list(linear)
+
+
+def say_unreached(model) -> None:
+    """Name the matrices that are in no linear layer, such as fused experts."""
+    usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
+    known, sizes = set(map(id, usual)), {}
+    for name, p in language_part(model).named_parameters():
+        if p.dim() > 1 and id(p) not in known:
+            name = ".".join(name.split(".")[-2:])
+            sizes[name] = sizes.get(name, 0) + p.numel()
+    if sizes:
+        count = f"{sum(sizes.values()):,} parameters in no nn.Linear"
+        say(f"no adapter reaches {', '.join(sizes)}: {count} (qlora.py keeps them in 16 bits)")
 
 
 def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
@@ -1444,6 +1499,7 @@ def add_adapter(model, args, layer, device) -> dict:
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
     adapted, layers = find_targets(model, targets, flag)
+    say_unreached(model)
     model.requires_grad_(False)
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
@@ -1571,6 +1627,10 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
         text["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
         tokenizer.save_pretrained(folder)
+        for kind in ("preprocessor", "processor", "video_preprocessor"):  # of a multimodal model
+            with suppress(OSError):
+                found = transformers.utils.cached_file(args.model, f"{kind}_config.json")
+                shutil.copy(found, folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}

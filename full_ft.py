@@ -70,7 +70,7 @@ import common
 
 def freeze_others(model, pattern: str, dtype: torch.dtype, sharded: bool) -> None:
     """Only parameters with the pattern in their names train. The others need no masters."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(re.search(pattern, name) for name in parameters):
         kinds = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in parameters}))
         raise common.UserError(f"--train {pattern}: in no parameter's name; there are {kinds}")
