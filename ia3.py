@@ -24,7 +24,6 @@ Choices and departures from the paper
 
 Questions people ask
   Why ones?       Then y = W x + b, and training starts from exactly the base model.
-  Why these?      The paper found that scaling other activations was not necessary.
   Merge?          --merge-only scales rows or columns of W: no cost at inference.
   Other names?    A layer that computes queries, keys and values at once (Phi-3's qkv_proj) can
                   only be scaled whole. Experts without linear layers: --feedforward-targets ''.
@@ -229,8 +228,7 @@ def main(argv=None) -> None:
     add("--targets", default="k_proj,v_proj", help=where)
     add("--feedforward-targets", default="down_proj", help="layers with scaled inputs; '': none")
     add("--adapter", metavar="FOLDER", help="start from it, ours or PEFT's, with its targets")
-    merge = "add --adapter to --model, save the merged model in --output, and exit"
-    add("--merge-only", action="store_true", help=merge)
+    add("--merge-only", action="store_true", help="save --model with --adapter merged, and exit")
     args = common.parse_args(parser, argv, demo={"lr": 0.3, "epochs": 20.0})
     merge_adapter(args) if args.merge_only else train(args)
 
