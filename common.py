@@ -412,8 +412,11 @@ JOINED = """{% for m in messages %}{{ m['content'] }}
 
 
 def load_tokenizer(args):
-    """The tokenizer of --model, with a chat template and a pad token."""
-    tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
+    """The tokenizer of --adapter or --model, with a chat template, a pad token and --add-tokens."""
+    if args.adapter and (Path(args.adapter) / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.adapter)
+    else:
+        tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
     if args.template:
         named = {"alpaca": ALPACA, "none": JOINED}.get(args.template)
         tokenizer.chat_template = named or Path(args.template).read_text(encoding="utf-8")
@@ -425,6 +428,9 @@ def load_tokenizer(args):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks go by position: eos stays a target
         say(f"the tokenizer has no pad token: using eos, {tokenizer.eos_token!r}")
+    for token in getattr(args, "add_tokens", []):  # special, as an end of turn is, or text
+        special = token in tokenizer.chat_template
+        tokenizer.add_tokens(transformers.AddedToken(token, special=special, normalized=False))
     return tokenizer
 
 
@@ -567,7 +573,8 @@ def encode_row(row, tokenizer, settings: dict) -> list[dict]:
 def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
     if max(ids) >= settings["vocab_size"]:
         token = tokenizer.convert_ids_to_tokens(max(ids))
-        raise ValueError(f"token {token!r} is beyond the model's {settings['vocab_size']} rows")
+        problem = f"token {token!r} is beyond the model's {settings['vocab_size']} embeddings"
+        raise ValueError(f"{problem}: lora.py and sft.py add new ones")
 
 
 PREFERENCE = EXAMPLE | {  # the columns of a data set of prompts, each with its answers
@@ -672,7 +679,9 @@ def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
-    settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
+    grown = len(tokenizer) if hasattr(args, "add_tokens") else 0
+    settings |= {"vocab_size": max(grown, config.vocab_size)}
+    settings |= {"loss_on": getattr(args, "loss_on", "answers")}
     settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
@@ -993,15 +1002,16 @@ def pretrained(auto_class, name: str, **options):
 
 def load_model(
     args, dtype, device, weights=None, shard: bool = False, offload: bool = False,
-    load_in_4bit: bool = False, method=None,
+    load_in_4bit: bool = False, method=None, vocab_size: int = 0,
 ):  # fmt: skip
     """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7). With
     method, a function: a model with one score per sequence, and this bound to it instead.
 
     weights: the dtype in which weights are kept, if not dtype: float32 where they train.
     shard: each rank keeps its part (`shard_model`). Rank 0 alone reads the files, the others
-    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
-    6 and 7 assume of a model is checked here, by trying.
+    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. vocab_size: if
+    there are fewer embeddings, new ones are added. What sections 6 and 7 assume of a model is
+    checked here, by trying.
     """
     if load_in_4bit and (shard or weights):
         raise UserError("a base in 4 bits needs an adapter, and every rank has a copy: no --shard")
@@ -1020,6 +1030,8 @@ def load_model(
         config = pretrained(transformers.AutoConfig, args.model, **options)
         with torch.device("meta"):
             model = auto_class.from_config(config, dtype=weights or dtype)
+    if vocab_size > len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(vocab_size, mean_resizing=RANK == 0)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
@@ -1393,7 +1405,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     return [layer for layer in layers if layer in chosen], layers
 
 
-def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
+def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
     zero = "; 0 trains every parameter" if prefix else ""
@@ -1405,6 +1417,9 @@ def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = Tr
     add("--targets", default="all-linear", help=where)
     start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
     add("--adapter", metavar="FOLDER", help=start)
+    if add_tokens:
+        new = "new tokens, of which also the embeddings train; the tokenizer's own are added too"
+        add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
         part = "under torchrun, each rank has a part of the weights"
         add("--shard", action="store_true", help=part)
@@ -1413,28 +1428,81 @@ def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = Tr
         add("--merge-only", action="store_true", help=merge)
 
 
-def add_adapter(model, args, layer, device) -> dict:
+class NewRows(nn.Module):
+    """A frozen embedding or head in which the rows of some tokens train; past its end are new
+    tokens, which start at the mean. Each use of its weight makes a copy of it."""
+
+    def __init__(self, base: nn.Module, ids: list[int]):
+        super().__init__()
+        self.base, self.bias, self.ids = base, getattr(base, "bias", None), ids
+        w = whole(base.weight.detach()).float()  # (V, d)
+        mean = w.mean(0)
+        rows = torch.stack([w[i] if i < len(w) else mean for i in ids])
+        self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # PEFT's name
+
+    @property
+    def weight(self):
+        w, rows = self.base.weight, self.token_adapter["trainable_tokens_delta"]
+        w = F.pad(w, (0, 0, 0, max(0, max(self.ids) + 1 - len(w))))
+        return w.index_copy(0, torch.tensor(self.ids, device=w.device), rows.to(w.dtype))
+
+    def forward(self, x):
+        return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
+
+    def merged(self) -> nn.Module:
+        self.base.weight.data = self.weight.detach()  # also a tied head's
+        return self.base
+
+
+def add_new_rows(model, args, tokenizer, indices) -> dict[str, list[int]]:
+    """Train the rows of --add-tokens and of tokens that the model lacks, or those of --adapter.
+    indices and result: PEFT's trainable_token_indices, where a tied head is left out."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = {name: x for name, x in model.named_modules() if x in (embedding, head)}
+    tied = head.weight is embedding.weight
+    if isinstance(indices, list):
+        indices = {"embed_tokens": indices}
+    if args.adapter and args.add_tokens:
+        raise UserError("--add-tokens: not with --adapter, whose tokens it would change")
+    if not args.adapter:
+        ids = {*tokenizer.convert_tokens_to_ids(args.add_tokens)}
+        ids = sorted(ids.union(range(len(embedding.weight), len(tokenizer))))
+        indices = {name.rpartition(".")[2]: ids for name in [*layers][: 2 - tied] if ids}
+    for name, layer in layers.items():
+        for ids in [x for key, x in indices.items() if tied or name.endswith(key)]:
+            model.set_submodule(name, NewRows(layer, ids))
+    if tied and indices:
+        model.get_output_embeddings().token_adapter = model.get_input_embeddings().token_adapter
+    return indices
+
+
+def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     """Freeze the model and put layer(linear, rank, alpha, dropout) around every target, or as
-    --adapter has it, with its tensors. -> what trains, as fields of PEFT's LoraConfig"""
+    --adapter has it, with its tensors. With a tokenizer, also train the rows of --add-tokens and
+    of tokens that the model lacks. -> what trains, as fields of PEFT's LoraConfig"""
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
+    indices = {}  # of tokens whose rows train
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
         tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
         rank, alpha = config["r"], float(config["lora_alpha"])
+        indices = config.get("trainable_token_indices") or {}
         if config.get("use_rslora"):  # alpha / sqrt(r) is alpha * sqrt(r) / r
             alpha *= math.sqrt(rank)
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
     adapted, layers = find_targets(model, targets, flag)
     model.requires_grad_(False)
+    indices = add_new_rows(model, args, tokenizer, indices) if tokenizer else {}
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     short = {name.rpartition(".")[2] for name in adapted}
     unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
+    config = {"trainable_token_indices": indices} if indices else {}
+    config |= {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout}
+    return config | {"target_modules": sorted(short if unique else adapted), "bias": "none"}
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
@@ -1459,18 +1527,19 @@ def whole(tensor):
 
 
 def fingerprint(model) -> str:
-    """A hash that identifies a base model: its sizes, and the first and last 64 rows of its
-    input embedding in bfloat16."""
+    """A hash that identifies a base model, without new tokens: its sizes, and the first and last
+    64 rows of its input embedding in bfloat16."""
     names = "model_type vocab_size hidden_size intermediate_size num_hidden_layers".split()
     sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
-    weight = whole(model.get_input_embeddings().weight.detach())
+    embedding = model.get_input_embeddings()
+    weight = whole(getattr(embedding, "base", embedding).weight.detach())
     rows = torch.cat([weight[:64], weight[-64:]]).to(torch.bfloat16).cpu().view(torch.int16)
     return hashlib.sha256(json.dumps(sizes).encode() + rows.numpy().tobytes()).hexdigest()[:32]
 
 
 # Parts of other tools' adapters that are not read.
 UNREAD = """fan_in_fan_out rank_pattern alpha_pattern modules_to_save bias lora_bias
-target_parameters trainable_token_indices layer_replication alora_invocation_tokens""".split()
+target_parameters layer_replication alora_invocation_tokens""".split()
 
 
 def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -1503,6 +1572,23 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
     return config | metadata, tensors
 
 
+def set_eos(model, tokenizer) -> None:
+    """Programs that load the result stop at what ends an answer: bases name another eos than
+    their template's end of turn, or none."""
+    if not model.can_generate():  # a reward model
+        return
+    config, stop = model.generation_config, stop_ids(model, tokenizer)
+    own = config.eos_token_id
+    if stop[0] not in (own if isinstance(own, list) else [own]):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop[0])
+    config.eos_token_id = stop if len(stop) > 1 else stop[0]
+    config.pad_token_id = tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:  # some bases set a temperature but forget do_sample
+        config.do_sample = True
+
+
 def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
     """What trains, or tensors by name, as an adapter folder in PEFT's form. config: fields of its
     config."""
@@ -1512,12 +1598,15 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
     metadata |= {"format": "pt", "base_fingerprint": fingerprint(model)}
     base = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, **config}
+    set_eos(model, tokenizer)
 
     def write(folder: Path) -> None:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
@@ -1531,14 +1620,8 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     once = dict([*model.named_parameters(), *model.named_buffers()])  # without a tied head
     state = {name: x for name, x in state.items() if name in once}
     state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
-    if model.can_generate():  # not a reward model
-        config = model.generation_config
-        stop, config.pad_token_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
-        config.eos_token_id = stop if len(stop) > 1 else stop[0]
-        try:
-            config.validate(strict=True)
-        except ValueError:  # some bases set a temperature but forget do_sample
-            config.do_sample = True
+    model.config.get_text_config().vocab_size = len(model.get_input_embeddings().weight)
+    set_eos(model, tokenizer)
 
     def write(folder: Path) -> None:
         with own_attention(model):  # other programs do not know ours

@@ -92,7 +92,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, shard=args.shard)
-    config = common.add_adapter(model, args, LoRALinear, device)
+    config = common.add_adapter(model, args, LoRALinear, device, tokenizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 
@@ -203,16 +203,16 @@ def merge(args) -> None:
     device, _ = common.setup(args)
     tokenizer = common.load_tokenizer(args)
     model = common.load_model(args, "auto", device)
-    common.add_adapter(model, args, LoRALinear, device)
+    common.add_adapter(model, args, LoRALinear, device, tokenizer)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear | common.NewRows):
             model.set_submodule(name, layer.merged())
     common.save_model(args, model, tokenizer, model.dtype)
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/lora", lr=2e-4)
-    common.add_adapter_flags(parser)
+    common.add_adapter_flags(parser, add_tokens=True)
     args = common.parse_args(parser, argv, demo={"lr": 3e-3, "epochs": 6.0})
     merge(args) if args.merge_only else train(args)
 
