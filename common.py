@@ -1429,51 +1429,48 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
 
 
 class NewRows(nn.Module):
-    """A frozen embedding or head in which the rows of some tokens train; past its end are new
-    tokens, which start at the mean. Each use of its weight makes a copy of it."""
+    """A frozen embedding or head in which the rows of some tokens train. Those past its end are
+    new and start at the mean. Whoever reads the weight gets a copy."""
 
     def __init__(self, base: nn.Module, ids: list[int]):
         super().__init__()
-        self.base, self.bias, self.ids = base, getattr(base, "bias", None), ids
         w = whole(base.weight.detach()).float()  # (V, d)
-        mean = w.mean(0)
+        mean, self.size = w.mean(0), max(len(w), max(ids) + 1)
         rows = torch.stack([w[i] if i < len(w) else mean for i in ids])
         self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # PEFT's name
+        self.base, self.bias, self.ids = base, getattr(base, "bias", None), ids
 
     @property
     def weight(self):
-        w, rows = self.base.weight, self.token_adapter["trainable_tokens_delta"]
-        w = F.pad(w, (0, 0, 0, max(0, max(self.ids) + 1 - len(w))))
-        return w.index_copy(0, torch.tensor(self.ids, device=w.device), rows.to(w.dtype))
+        rows, w = self.token_adapter["trainable_tokens_delta"], self.base.weight
+        w, ids = F.pad(w, (0, 0, 0, self.size - len(w))), torch.tensor(self.ids, device=w.device)
+        return w.index_copy(0, ids, rows.to(w.dtype))
 
     def forward(self, x):
         return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
 
     def merged(self) -> nn.Module:
-        self.base.weight.data = self.weight.detach()  # also a tied head's
+        self.base.weight.data = self.weight.detach()  # the same tensor in a tied head
         return self.base
 
 
-def add_new_rows(model, args, tokenizer, indices) -> dict[str, list[int]]:
-    """Train the rows of --add-tokens and of tokens that the model lacks, or those of --adapter.
-    indices and result: PEFT's trainable_token_indices, where a tied head is left out."""
+def add_new_rows(model, args, tokenizer, config: dict) -> dict:
+    """Train the rows of --add-tokens, of tokens that the model lacks, and those that --adapter's
+    config names. -> the field of such a config. A tied head shares the rows, and is not in it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = {name: x for name, x in model.named_modules() if x in (embedding, head)}
-    tied = head.weight is embedding.weight
-    if isinstance(indices, list):
-        indices = {"embed_tokens": indices}
-    if args.adapter and args.add_tokens:
-        raise UserError("--add-tokens: not with --adapter, whose tokens it would change")
-    if not args.adapter:
-        ids = {*tokenizer.convert_tokens_to_ids(args.add_tokens)}
-        ids = sorted(ids.union(range(len(embedding.weight), len(tokenizer))))
-        indices = {name.rpartition(".")[2]: ids for name in [*layers][: 2 - tied] if ids}
-    for name, layer in layers.items():
-        for ids in [x for key, x in indices.items() if tied or name.endswith(key)]:
-            model.set_submodule(name, NewRows(layer, ids))
-    if tied and indices:
+    tied, ids = head.weight is embedding.weight, config.get("trainable_token_indices") or []
+    ids = sum(ids.values(), []) if isinstance(ids, dict) else ids
+    ids = [*ids, *tokenizer.convert_tokens_to_ids(args.add_tokens)]
+    ids = list(dict.fromkeys([*ids, *range(len(embedding.weight), len(tokenizer))]))
+    if not ids:
+        return {}
+    names = [name for name, layer in model.named_modules() if layer in (embedding, head)]
+    for name in names:
+        model.set_submodule(name, NewRows(model.get_submodule(name), ids))
+    if tied:
         model.get_output_embeddings().token_adapter = model.get_input_embeddings().token_adapter
-    return indices
+    names = [name.rpartition(".")[2] for name in names[: 1 if tied else 2]]
+    return {"trainable_token_indices": dict.fromkeys(names, ids)}
 
 
 def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
@@ -1481,28 +1478,27 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     --adapter has it, with its tensors. With a tokenizer, also train the rows of --add-tokens and
     of tokens that the model lacks. -> what trains, as fields of PEFT's LoraConfig"""
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
-    indices = {}  # of tokens whose rows train
+    config = {}
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
         tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
         rank, alpha = config["r"], float(config["lora_alpha"])
-        indices = config.get("trainable_token_indices") or {}
         if config.get("use_rslora"):  # alpha / sqrt(r) is alpha * sqrt(r) / r
             alpha *= math.sqrt(rank)
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
     adapted, layers = find_targets(model, targets, flag)
     model.requires_grad_(False)
-    indices = add_new_rows(model, args, tokenizer, indices) if tokenizer else {}
+    more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     short = {name.rpartition(".")[2] for name in adapted}
     unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
-    config = {"trainable_token_indices": indices} if indices else {}
-    config |= {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout}
-    return config | {"target_modules": sorted(short if unique else adapted), "bias": "none"}
+    return more | {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none",
+            "lora_dropout": args.dropout,
+            "target_modules": sorted(short if unique else adapted)}  # fmt: skip
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
@@ -1510,7 +1506,7 @@ def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
     if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
-        odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["ranks"]
+        odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
         raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
     for name, p in trained.items():
         p.data = tensors.get(name, p.data).to(device, p.dtype)
@@ -1572,21 +1568,22 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
     return config | metadata, tensors
 
 
-def set_eos(model, tokenizer) -> None:
-    """Programs that load the result stop at what ends an answer: bases name another eos than
+def save_tokenizer(model, tokenizer, folder: Path) -> None:
+    """With generation_config.json. eos is what ends an answer: bases name another token than
     their template's end of turn, or none."""
-    if not model.can_generate():  # a reward model
-        return
-    config, stop = model.generation_config, stop_ids(model, tokenizer)
-    own = config.eos_token_id
-    if stop[0] not in (own if isinstance(own, list) else [own]):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop[0])
-    config.eos_token_id = stop if len(stop) > 1 else stop[0]
-    config.pad_token_id = tokenizer.pad_token_id
-    try:
-        config.validate(strict=True)
-    except ValueError:  # some bases set a temperature but forget do_sample
-        config.do_sample = True
+    if model.can_generate():  # not a reward model
+        config, stop = model.generation_config, stop_ids(model, tokenizer)
+        own = config.eos_token_id
+        if stop[0] not in (own if isinstance(own, list) else [own]):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop[0])
+        config.eos_token_id = stop if len(stop) > 1 else stop[0]
+        config.pad_token_id = tokenizer.pad_token_id
+        try:
+            config.validate(strict=True)
+        except ValueError:  # some bases set a temperature but forget do_sample
+            config.do_sample = True
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
@@ -1598,15 +1595,12 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
     metadata |= {"format": "pt", "base_fingerprint": fingerprint(model)}
     base = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, **config}
-    set_eos(model, tokenizer)
 
     def write(folder: Path) -> None:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        tokenizer.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+        save_tokenizer(model, tokenizer, folder)
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
@@ -1621,15 +1615,14 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     state = {name: x for name, x in state.items() if name in once}
     state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
     model.config.get_text_config().vocab_size = len(model.get_input_embeddings().weight)
-    set_eos(model, tokenizer)
 
     def write(folder: Path) -> None:
+        save_tokenizer(model, tokenizer, folder)
         with own_attention(model):  # other programs do not know ours
             model.save_pretrained(folder, state_dict=state)
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
-        tokenizer.save_pretrained(folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
