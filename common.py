@@ -428,8 +428,8 @@ def load_tokenizer(args):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks go by position: eos stays a target
         say(f"the tokenizer has no pad token: using eos, {tokenizer.eos_token!r}")
-    for token in getattr(args, "add_tokens", []):  # special, as an end of turn is, or text
-        special = token in tokenizer.chat_template
+    for token in getattr(args, "add_tokens", []):
+        special = token in tokenizer.chat_template  # an end of turn is, a tag in answers is not
         tokenizer.add_tokens(transformers.AddedToken(token, special=special, normalized=False))
     return tokenizer
 
@@ -680,9 +680,8 @@ def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
     grown = len(tokenizer) if hasattr(args, "add_tokens") else 0
-    settings |= {"vocab_size": max(grown, config.vocab_size)}
-    settings |= {"loss_on": getattr(args, "loss_on", "answers")}
-    settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
+    settings |= {"vocab_size": max(grown, config.vocab_size), "pairs": pairs, "whole": whole}
+    settings |= {"prompts_alone": prompts_alone, "loss_on": getattr(args, "loss_on", "answers")}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
     names += args.eval_data if share is None else []
@@ -1418,7 +1417,7 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
     start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
     add("--adapter", metavar="FOLDER", help=start)
     if add_tokens:
-        new = "new tokens, of which also the embeddings train; the tokenizer's own are added too"
+        new = "tokens to add, whose embeddings train; special if the chat template writes them"
         add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
         part = "under torchrun, each rank has a part of the weights"
@@ -1432,13 +1431,15 @@ class NewRows(nn.Module):
     """A frozen embedding or head in which the rows of some tokens train. Those past its end are
     new and start at the mean. Whoever reads the weight gets a copy."""
 
+    bias = property(lambda self: self.base.bias)  # of a head
+
     def __init__(self, base: nn.Module, ids: list[int]):
         super().__init__()
         w = whole(base.weight.detach()).float()  # (V, d)
         mean, self.size = w.mean(0), max(len(w), max(ids) + 1)
         rows = torch.stack([w[i] if i < len(w) else mean for i in ids])
         self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # PEFT's name
-        self.base, self.bias, self.ids = base, getattr(base, "bias", None), ids
+        self.base, self.ids = base, ids
 
     @property
     def weight(self):

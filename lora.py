@@ -28,6 +28,10 @@ Questions people ask
   Sum or mean?      The loss is the mean over all target tokens of an optimizer step, over all
                     forward passes and GPUs. Targets are the assistant's tokens and the end of
                     turn.
+  New tokens?       --add-tokens "<a>" "<b>" trains their rows of the embedding and the head, saved
+                    as PEFT's trainable_token_indices. vLLM does not read them: merge.
+  Never stops?      The saved tokenizer's eos is the end of turn that was learnt. With PEFT:
+                    model.generate(..., eos_token_id=tokenizer.eos_token_id).
   Merge?            Merged weights (--merge-only) cost nothing at inference. s B A is added in
                     float32 and rounded once; keep the adapter, as subtracting it again would not
                     give the base back.
