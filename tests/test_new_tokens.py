@@ -103,8 +103,6 @@ def test_peft_and_merged_folders_have_the_same_logits(kind, bases, flags, tmp_pa
     rows = [x for key, x in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
             if "lora" not in key]  # fmt: skip
     assert [tuple(x.shape) for x in rows] == [(2, 64)] * (1 if tied else 2)
-    fingerprints = [common.fingerprint(model) for model in (base, merged)]
-    assert fingerprints[0] != fingerprints[1]
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "scaled"])
