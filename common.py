@@ -1428,8 +1428,8 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
 
 
 class NewRows(nn.Module):
-    """A frozen embedding or head in which the rows of some tokens train. Those past its end are
-    new and start at the mean. Whoever reads the weight gets a copy."""
+    """A frozen embedding or output head in which the rows of some tokens train. Ids past its end
+    are new tokens, which start at the mean row. Reading `weight` makes a copy of all V rows."""
 
     bias = property(lambda self: self.base.bias)  # of a head
 
