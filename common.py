@@ -424,8 +424,11 @@ JOINED = """{% for m in messages %}{{ m['content'] }}
 
 
 def load_tokenizer(args):
-    """The tokenizer of --model, with a chat template and a pad token."""
-    tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
+    """The tokenizer of --adapter or --model, with a chat template, a pad token and --add-tokens."""
+    if args.adapter and (Path(args.adapter) / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.adapter)
+    else:
+        tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
     if args.template:
         named = {"alpaca": ALPACA, "none": JOINED}.get(args.template)
         tokenizer.chat_template = named or Path(args.template).read_text(encoding="utf-8")
@@ -437,6 +440,9 @@ def load_tokenizer(args):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks go by position: eos stays a target
         say(f"the tokenizer has no pad token: using eos, {tokenizer.eos_token!r}")
+    for token in getattr(args, "add_tokens", []):
+        special = token in tokenizer.chat_template  # an end of turn is, a tag in answers is not
+        tokenizer.add_tokens(transformers.AddedToken(token, special=special, normalized=False))
     return tokenizer
 
 
@@ -601,7 +607,8 @@ def encode_prompt(tokenizer, turns: list[dict], tools=None) -> list[int]:
 def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
     if max(ids) >= settings["vocab_size"]:
         token = tokenizer.convert_ids_to_tokens(max(ids))
-        raise ValueError(f"token {token!r} is beyond the model's {settings['vocab_size']} rows")
+        problem = f"token {token!r} is beyond the model's {settings['vocab_size']} embeddings"
+        raise ValueError(f"{problem}: lora.py and sft.py add new ones")
 
 
 PREFERENCE = EXAMPLE | {  # the columns of a data set of prompts, each with its answers
@@ -710,8 +717,9 @@ def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
-    settings |= {"merge_system": args.merge_system}
-    settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
+    grown = len(tokenizer) if hasattr(args, "add_tokens") else 0
+    settings |= {"vocab_size": max(grown, config.vocab_size), "merge_system": args.merge_system}
+    settings |= {"loss_on": getattr(args, "loss_on", "answers")}
     settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
@@ -1032,15 +1040,16 @@ def pretrained(auto_class, name: str, **options):
 
 def load_model(
     args, dtype, device, weights=None, shard: bool = False, offload: bool = False,
-    load_in_4bit: bool = False, method=None,
+    load_in_4bit: bool = False, method=None, vocab_size: int = 0,
 ):  # fmt: skip
     """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7). With
     method, a function: a model with one score per sequence, and this bound to it instead.
 
     weights: the dtype in which weights are kept, if not dtype: float32 where they train.
     shard: each rank keeps its part (`shard_model`). Rank 0 alone reads the files, the others
-    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
-    6 and 7 assume of a model is checked here, by trying.
+    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. vocab_size: if
+    there are fewer embeddings, new ones are added. What sections 6 and 7 assume of a model is
+    checked here, by trying.
     """
     weights = None if args.chat else weights
     if load_in_4bit and (shard or weights):
@@ -1066,6 +1075,8 @@ def load_model(
         say("a multimodal model: only its language part trains, on text")
         model.base_model.requires_grad_(False)
         decoder.requires_grad_(True)
+    if vocab_size > len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(vocab_size, mean_resizing=RANK == 0)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
@@ -1466,7 +1477,7 @@ def say_unreached(model) -> None:
         say(f"no adapter reaches {', '.join(sizes)}: {count} (qlora.py keeps them in 16 bits)")
 
 
-def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
+def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
     zero = "; 0 trains every parameter" if prefix else ""
@@ -1478,6 +1489,9 @@ def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = Tr
     add("--targets", default="all-linear", help=where)
     start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
     add("--adapter", metavar="FOLDER", help=start)
+    if add_tokens:
+        new = "tokens to add, whose embeddings train; special if the chat template writes them"
+        add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
         part = "under torchrun, each rank has a part of the weights"
         add("--shard", action="store_true", help=part)
@@ -1486,10 +1500,59 @@ def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = Tr
         add("--merge-only", action="store_true", help=merge)
 
 
-def add_adapter(model, args, layer, device) -> dict:
+class NewRows(nn.Module):
+    """A frozen embedding or output head in which the rows of some tokens train. Ids past its end
+    are new tokens, which start at the mean row. Reading `weight` makes a copy of all V rows."""
+
+    bias = property(lambda self: self.base.bias)  # of a head
+
+    def __init__(self, base: nn.Module, ids: list[int]):
+        super().__init__()
+        w = whole(base.weight.detach()).float()  # (V, d)
+        mean, self.size = w.mean(0), max(len(w), max(ids) + 1)
+        rows = torch.stack([w[i] if i < len(w) else mean for i in ids])
+        self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # PEFT's name
+        self.base, self.ids = base, ids
+
+    @property
+    def weight(self):
+        rows, w = self.token_adapter["trainable_tokens_delta"], self.base.weight
+        w, ids = F.pad(w, (0, 0, 0, self.size - len(w))), torch.tensor(self.ids, device=w.device)
+        return w.index_copy(0, ids, rows.to(w.dtype))
+
+    def forward(self, x):
+        return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
+
+    def merged(self) -> nn.Module:
+        self.base.weight.data = self.weight.detach()  # the same tensor in a tied head
+        return self.base
+
+
+def add_new_rows(model, args, tokenizer, config: dict) -> dict:
+    """Train the rows of --add-tokens, of tokens that the model lacks, and those that --adapter's
+    config names. -> the field of such a config. A tied head shares the rows, and is not in it."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied, ids = head.weight is embedding.weight, config.get("trainable_token_indices") or []
+    ids = sum(ids.values(), []) if isinstance(ids, dict) else ids
+    ids = [*ids, *tokenizer.convert_tokens_to_ids(args.add_tokens)]
+    ids = list(dict.fromkeys([*ids, *range(len(embedding.weight), len(tokenizer))]))
+    if not ids:
+        return {}
+    names = [name for name, layer in model.named_modules() if layer in (embedding, head)]
+    for name in names:
+        model.set_submodule(name, NewRows(model.get_submodule(name), ids))
+    if tied:
+        model.get_output_embeddings().token_adapter = model.get_input_embeddings().token_adapter
+    names = [name.rpartition(".")[2] for name in names[: 1 if tied else 2]]
+    return {"trainable_token_indices": dict.fromkeys(names, ids)}
+
+
+def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     """Freeze the model and put layer(linear, rank, alpha, dropout) around every target, or as
-    --adapter has it, with its tensors. -> what trains, as fields of PEFT's LoraConfig"""
+    --adapter has it, with its tensors. With a tokenizer, also train the rows of --add-tokens and
+    of tokens that the model lacks. -> what trains, as fields of PEFT's LoraConfig"""
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
+    config = {}
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
         tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
@@ -1501,12 +1564,15 @@ def add_adapter(model, args, layer, device) -> dict:
     adapted, layers = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
+    more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": target_modules(adapted, layers), "bias": "none"}  # fmt: skip
+    return more | {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
+        "target_modules": target_modules(adapted, layers), "bias": "none",
+    }  # fmt: skip
 
 
 def target_modules(adapted: list[str], layers: list[str]) -> list[str]:
@@ -1521,7 +1587,7 @@ def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
     if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
-        odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["ranks"]
+        odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
         raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
     for name, p in trained.items():
         p.data = tensors.get(name, p.data).to(device, p.dtype)
@@ -1538,18 +1604,19 @@ def whole(tensor):
 
 
 def fingerprint(model) -> str:
-    """A hash that identifies a base model: its sizes, and the first and last 64 rows of its
-    input embedding in bfloat16."""
+    """A hash that identifies a base model, without new tokens: its sizes, and the first and last
+    64 rows of its input embedding in bfloat16."""
     names = "model_type vocab_size hidden_size intermediate_size num_hidden_layers".split()
     sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
-    weight = whole(model.get_input_embeddings().weight.detach())
+    embedding = model.get_input_embeddings()
+    weight = whole(getattr(embedding, "base", embedding).weight.detach())
     rows = torch.cat([weight[:64], weight[-64:]]).to(torch.bfloat16).cpu().view(torch.int16)
     return hashlib.sha256(json.dumps(sizes).encode() + rows.numpy().tobytes()).hexdigest()[:32]
 
 
 # Parts of other tools' adapters that are not read.
 UNREAD = """fan_in_fan_out rank_pattern alpha_pattern modules_to_save bias lora_bias
-target_parameters trainable_token_indices layer_replication alora_invocation_tokens""".split()
+target_parameters layer_replication alora_invocation_tokens""".split()
 
 
 def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -1582,6 +1649,24 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
     return config | metadata, tensors
 
 
+def save_tokenizer(model, tokenizer, folder: Path) -> None:
+    """With generation_config.json. eos is what ends an answer: bases name another token than
+    their template's end of turn, or none."""
+    if model.can_generate():  # not a reward model
+        config, stop = model.generation_config, stop_ids(model, tokenizer)
+        own = config.eos_token_id
+        if stop[0] not in (own if isinstance(own, list) else [own]):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop[0])
+        config.eos_token_id = stop if len(stop) > 1 else stop[0]
+        config.pad_token_id = tokenizer.pad_token_id
+        try:
+            config.validate(strict=True)
+        except ValueError:  # some bases set a temperature but forget do_sample
+            config.do_sample = True
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
     """What trains, or tensors by name, as an adapter folder in PEFT's form. config: fields of its
     config."""
@@ -1596,7 +1681,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(model, tokenizer, folder)
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
@@ -1611,22 +1696,15 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     once = dict([*model.named_parameters(), *model.named_buffers()])  # without a tied head
     state = {name: x for name, x in state.items() if name in once}
     state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
-    if model.can_generate():  # not a reward model
-        config = model.generation_config
-        stop, config.pad_token_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
-        config.eos_token_id = stop if len(stop) > 1 else stop[0]
-        try:
-            config.validate(strict=True)
-        except ValueError:  # some bases set a temperature but forget do_sample
-            config.do_sample = True
+    model.config.get_text_config().vocab_size = len(model.get_input_embeddings().weight)
 
     def write(folder: Path) -> None:
+        save_tokenizer(model, tokenizer, folder)
         with own_attention(model):  # other programs do not know ours
             model.save_pretrained(folder, state_dict=state)
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
-        tokenizer.save_pretrained(folder)
         for kind in ("preprocessor", "processor", "video_preprocessor"):  # of a multimodal model
             with suppress(OSError):
                 found = transformers.utils.cached_file(args.model, f"{kind}_config.json")

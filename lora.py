@@ -28,6 +28,10 @@ Questions people ask
   Sum or mean?      The loss is the mean over all target tokens of an optimizer step, over all
                     forward passes and GPUs. Targets are the assistant's tokens and the end of
                     turn.
+  New tokens?       --add-tokens "<a>" "<b>" trains their rows of the embedding and the head, saved
+                    as PEFT's trainable_token_indices. vLLM does not read them: merge.
+  Never stops?      The saved tokenizer's eos is the end of turn that was learnt. With PEFT:
+                    model.generate(..., eos_token_id=tokenizer.eos_token_id).
   Merge?            Merged weights (--merge-only) cost nothing at inference. s B A is added in
                     float32 and rounded once; keep the adapter, as subtracting it again would not
                     give the base back.
@@ -93,7 +97,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, shard=args.shard)
-    config = common.add_adapter(model, args, LoRALinear, device)
+    config = common.add_adapter(model, args, LoRALinear, device, tokenizer)
     if args.chat:
         return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -206,16 +210,16 @@ def merge(args) -> None:
     device, _ = common.setup(args)
     tokenizer = common.load_tokenizer(args)
     model = common.load_model(args, "auto", device)
-    common.add_adapter(model, args, LoRALinear, device)
+    common.add_adapter(model, args, LoRALinear, device, tokenizer)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear | common.NewRows):
             model.set_submodule(name, layer.merged())
     common.save_model(args, model, tokenizer, model.dtype)
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/lora", lr=2e-4)
-    common.add_adapter_flags(parser)
+    common.add_adapter_flags(parser, add_tokens=True)
     args = common.parse_args(parser, argv, demo={"lr": 3e-3, "epochs": 6.0})
     merge(args) if args.merge_only else train(args)
 

@@ -106,8 +106,9 @@ def train(args) -> None:
     lora = args.rank or args.adapter
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
     weights = None if lora else torch.float32  # masters, if they train
-    model = common.load_model(args, dtype, device, weights, shard, args.offload)
-    config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
+    rows = 0 if lora else len(tokenizer)  # the adapter adds its own
+    model = common.load_model(args, dtype, device, weights, shard, args.offload, vocab_size=rows)
+    config = common.add_adapter(model, args, LoRALinear, device, tokenizer) if lora else {}
     if args.chat:
         return common.chat(model, tokenizer, args, device)
     if args.neftune:
@@ -227,7 +228,7 @@ def main(argv=None) -> None:
     add("--loss-on", choices=["answers", "all"], default="answers", help=targets)
     add("--neftune", type=float, default=0.0, metavar="ALPHA", help="5 is the paper's; 0: none")
     add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
-    common.add_adapter_flags(parser, prefix="lora-", rank=0)
+    common.add_adapter_flags(parser, prefix="lora-", rank=0, add_tokens=True)
     form = {"data": [str(common.EXAMPLES / "format.jsonl")], "lr": 1e-3}
     train(common.parse_args(parser, argv, demo=form))
 
