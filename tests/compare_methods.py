@@ -29,6 +29,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 METHODS = """lora.py
 dora.py
+adalora.py
 qlora.py
 adapter.py
 adapter.py --pfeiffer
@@ -39,6 +40,7 @@ full_ft.py""".splitlines()
 RATES = {
     "lora.py": 3e-3,
     "dora.py": 3e-3,
+    "adalora.py": 1e-2,
     "qlora.py": 3e-3,
     "adapter.py": 3e-3,
     "adapter.py --pfeiffer": 3e-3,
