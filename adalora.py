@@ -29,18 +29,21 @@ and g its gradient:
 Choices and departures from the paper, the first four as in the authors' code and in PEFT
   - The penalty is a mean of norms over all P and Q; (4) is a sum of squared norms.
   - w is taken after the update, g is clipped. With w from before it, as in the paper, a pruned
-    e_i would be zero, and could not show that it matters. The update is scaled as LoRA's.
-  - (12) as printed subtracts t_f from t, too, and does not begin at b0 and end at bT.
-  - Pruned after every step; the paper's runs prune every 10 to 100.
-  - Where scores are equal, PEFT may keep fewer than b(t) triplets.
+    e_i would be zero, and could not show that it matters.
+  - (12) as printed subtracts t_f from t, too: it would not begin at b0 and end at bT.
+  - s, as in LoRA. It keeps the first r, whatever the rank of the layer at the end.
+  - Pruned after every step, PEFT's default; the paper's runs prune every 10 to 100.
+  - Of equal scores PEFT may drop all: it keeps fewer than b(t) triplets.
 
 Questions people ask
-  Why not prune the smallest e?  |w g| estimates how the loss would change without w, and P and Q
-                                 are not exactly orthonormal.
-  Is training cheaper?   No: all r triplets are computed to the end, and A and U take as much
-                         memory as AdamW's averages. The saved adapter has only what was kept.
+  Why not prune the smallest e?   |w g| estimates how the loss would change without w.
+  Is training cheaper?            No: all r triplets are computed to the end, and A and U take as
+                                  much memory as AdamW's averages. The saved adapter is smaller.
 
-MEASURED
+Measured: `python adalora.py` answers 0 of 100 held-out prompts exactly before, and 100, 99 and 99
+after (--seed 0, 1, 2; two CPU cores, torch 2.13, 2026-11-26); the ranks at the end are 2 to 12.
+`python adalora.py --model SmolLM2-135M-Instruct --data gsm8k_train.jsonl --eval-data 0.005
+--max-steps 10 --batch-size 8 --lr 1e-2` takes the held-out loss from 1.370 to 1.020.
 
     python adalora.py                                  # the bundled model learns a task
     python adalora.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
@@ -103,7 +106,7 @@ class AdaLoRALinear(nn.Module):
         return self.base
 
 
-def orthogonality(layers: list[AdaLoRALinear]) -> torch.Tensor:
+def orthogonality(layers) -> torch.Tensor:
     """The mean over all layers of the Frobenius norms ||P^T P - I|| and ||Q Q^T - I||."""
     norms = []
     for layer in layers:
@@ -113,10 +116,12 @@ def orthogonality(layers: list[AdaLoRALinear]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def allocate(layers, step: int, b0: int, bT: int, start: int, end: int) -> None:
-    """After an update: the importance of all triplets, and zeros for the least important ones.
-    Pruning begins after step `start`, t_i; after step `end`, T - t_f, the ranks stay."""
-    if step < end:
+def allocate(layers, args, step: int, T: int) -> None:
+    """After an update: the importance of all triplets, and zeros for the least important ones."""
+    b0, start = sum(len(layer.kept) for layer in layers), int(args.t_init * T)
+    bT = min(b0, args.target_rank * len(layers))
+    end = max(T - int(args.t_final * T), start + 1)
+    if step < end:  # later the ranks stay
         for layer in layers:
             layer.observe()
     if start < step <= end:
@@ -128,13 +133,6 @@ def allocate(layers, step: int, b0: int, bT: int, start: int, end: int) -> None:
             layer.kept.copy_(part[:, None])
     for layer in layers:
         layer.lora_E.mul_(layer.kept)
-
-
-def schedule(layers, args, total: int) -> tuple[int, int, int, int]:
-    """-> b0, bT, t_i, T - t_f as `allocate` takes them. total: T"""
-    b0, start = sum(len(layer.kept) for layer in layers), int(args.t_init * total)
-    end = max(total - int(args.t_final * total), start + 1)
-    return b0, min(b0, args.target_rank * len(layers)), start, end
 
 
 def add_adapter(model, args, device) -> tuple[dict[str, AdaLoRALinear], dict]:
@@ -166,8 +164,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, shard=args.shard)
-    named, config = add_adapter(model, args, device)
-    layers = list(named.values())
+    layers, config = add_adapter(model, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 
@@ -182,7 +179,6 @@ def train(args) -> None:
         if eval_set:
             log.evaluation(loss=held_out_loss(model, eval_set, args, device))
     # --- end ---
-    plan = schedule(layers, args, len(steps))
 
     for step in range(run["step"] + 1, len(steps) + 1):
         common.seed_step(args, step)  # dropout
@@ -197,10 +193,10 @@ def train(args) -> None:
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
         common.sum_gradients(model)  # over ranks
-        (args.orthogonality * orthogonality(layers)).backward()  # the same on every rank
+        (args.orthogonality * orthogonality(layers.values())).backward()  # the same on every rank
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
-        allocate(layers, step, *plan)
+        allocate(layers.values(), args, step, len(steps))
         optimizer.zero_grad()
         log.step_done(examples, loss, lr, grad_norm)
 
@@ -230,27 +226,24 @@ def train(args) -> None:
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
     # --- end ---
-    save(args, model, tokenizer, named, config, plan, len(steps))
+    config["total_step"] = max(1, len(steps))  # PEFT wants one
+    save(args, model, tokenizer, layers, config)
     log.done()
 
 
-def save(args, model, tokenizer, named, config: dict, plan: tuple, total: int) -> None:
-    """Print the ranks, a line for all blocks, and save what is kept of each layer."""
+def save(args, model, tokenizer, layers, config: dict) -> None:
+    """Print the ranks, blocks from the first to the last, and save what is kept of each layer."""
     tensors, pattern, ranks = {}, {}, {}
-    for name, layer in named.items():
+    for name, layer in layers.items():
         kept = layer.kept[:, 0].bool()
-        tensors |= {f"base_model.model.{name}.lora_A": layer.lora_A[kept]}
-        tensors |= {f"base_model.model.{name}.lora_E": layer.lora_E[kept]}
-        tensors |= {f"base_model.model.{name}.lora_B": layer.lora_B[:, kept]}
-        # PEFT makes init_r triplets, and takes these of them
+        parts = {"A": layer.lora_A[kept], "E": layer.lora_E[kept], "B": layer.lora_B[:, kept]}
+        tensors |= {f"base_model.model.{name}.lora_{key}": x for key, x in parts.items()}
+        # PEFT makes init_r triplets and then takes the True ones
         pattern[f"{name}.lora_E"] = kept.tolist() + [False] * (config["init_r"] - len(kept))
-        ranks.setdefault(re.sub(r"\d+", "*", name), []).append(str(sum(pattern[f"{name}.lora_E"])))
+        ranks.setdefault(re.sub(r"\d+", "*", name), []).append(str(len(parts["E"])))
     for name, numbers in ranks.items():
         common.say(f"rank of {name}: {' '.join(numbers)}")
-    start, total = plan[2], max(total, 1)
-    config |= {"tinit": start, "tfinal": total - plan[3], "total_step": total}
-    config["rank_pattern"] = pattern
-    common.save_adapter(args, model, tokenizer, config, tensors)
+    common.save_adapter(args, model, tokenizer, config | {"rank_pattern": pattern}, tensors)
 
 
 # --- copied from lora.py: held-out loss and samples ---

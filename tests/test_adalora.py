@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 ROWS = [{"prompt": f"Repeat {c}.", "completion": c * n} for n in range(1, 7) for c in "abcde"]
 EIGHT = """--max-steps 8 --batch-size 6 --lr 0.01 --samples 0 --eval-data 0.2 --rank 4
 --target-rank 2 --t-init 0.25 --t-final 0.25"""
-FIELDS = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 2, "total_step": 8}
+FIELDS = {"init_r": 4, "target_r": 2, "total_step": 8}
 PREFIX = "base_model.model."
 
 
@@ -48,7 +48,11 @@ def base_model(folder):
 
 
 def peft_model(folder, **fields):
-    fields = FIELDS | {"lora_alpha": 32, "target_modules": "all-linear"} | fields
+    fields = (
+        FIELDS
+        | {"tinit": 2, "tfinal": 2, "lora_alpha": 32, "target_modules": "all-linear"}
+        | fields
+    )
     config = peft.AdaLoraConfig(**fields, task_type="CAUSAL_LM")
     return peft.get_peft_model(base_model(folder), config)
 
