@@ -1,44 +1,40 @@
-"""AdaLoRA: give each layer its own rank, by pruning the least important parts of all low-rank
-updates while they train.
+"""AdaLoRA: low-rank updates that are pruned while they train, so that each layer gets a rank.
 
 Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning"
 (arXiv 2303.10512), section 3, with the numbers of its equations:
 
-    y = W0 x + s P diag(e) Q dropout(x)                          (3)
-    loss = mean NLL + gamma mean(||P^T P - I||, ||Q Q^T - I||)   (4)
+    y = W0 x + s P diag(E) Q dropout(x)                            (3)
+    loss = mean NLL + gamma * mean(||P^T P - I||, ||Q Q^T - I||)   (4)
 
-A triplet is one e_i, column i of P and row i of Q. After each update, with w a weight of a triplet
-and g its gradient:
+With w a weight of triplet i (E_i, column i of P, row i of Q) and g its gradient, after an update:
 
-    I   = |w g|                                      (8)   sensitivity of one step
-    A   = 0.85 A + 0.15 I                            (9)   sensitivity, smoothed
-    U   = 0.85 U + 0.15 |I - A|                      (10)  uncertainty of it
-    S_i = AU(e_i) + mean AU(P_i) + mean AU(Q_i)      (7, 11)  importance of triplet i
-    e_i = 0 unless S_i is among the b(t) largest of the whole model                (6)
-    b(t) = bT + (b0 - bT) (1 - (t - t_i) / (T - t_f - t_i))^3   from t_i to T - t_f  (12)
+    I    = |w g|                                   (8)      sensitivity in this step
+    Ibar = 0.85 Ibar + 0.15 I                      (9)      smoothed sensitivity
+    Ubar = 0.85 Ubar + 0.15 |I - Ibar|             (10)     uncertainty of the sensitivity
+    S_i  = score(E_i) + mean score(P_i) + mean score(Q_i)   (7)   score(w) = Ibar Ubar   (11)
+    E_i  = 0 unless S_i is among the b(t) largest of the whole model   (6)
+    b(t) = bT + (b0 - bT) (1 - (t - t_i) / (T - t_f - t_i))^3   for t_i < t <= T - t_f   (12)
 
     x   (..., in), y  (..., out)   what enters and leaves the layer
     W0  base.weight  (out, in)     frozen, in bfloat16 on a GPU
     P   lora_B  (out, r)           float32, normal with standard deviation 0.02
-    e   lora_E  (r, 1)             float32, zero
-    Q   lora_A  (r, in)            float32, as P;  s = alpha / r
-    A, U  sensitivity, uncertainty  (r, 1 + in + out), a row for each triplet
-    r   --rank, gamma --orthogonality; b0 = r * layers, bT = --target-rank * layers
-    T   steps of the run; t_i, t_f  --t-init and --t-final, shares of T
+    E   lora_E  (r, 1)             float32, zero
+    Q   lora_A  (r, in)            float32, as P
+    Ibar, Ubar  sensitivity, uncertainty  (r, 1 + in + out), a row for each triplet
+    r   --rank; s = --alpha / r, whatever a layer's rank at the end; gamma  --orthogonality
+    b0  r * layers; bT  --target-rank * layers; T steps; t_i, t_f  --t-init, --t-final, times T
 
-Choices and departures from the paper, the first four as in the authors' code and in PEFT
+Choices and departures from the paper, the first three as in the authors' code and in PEFT
   - The penalty is a mean of norms over all P and Q; (4) is a sum of squared norms.
-  - w is taken after the update, g is clipped. With w from before it, as in the paper, a pruned
-    e_i would be zero, and could not show that it matters.
+  - w is taken after the update, and g is clipped. With w from before the update (Algorithm 1), a
+    pruned E_i would be zero, and its sensitivity with it.
   - (12) as printed subtracts t_f from t, too: it would not begin at b0 and end at bT.
-  - s, as in LoRA. It keeps the first r, whatever the rank of the layer at the end.
-  - Pruned after every step, PEFT's default; the paper's runs prune every 10 to 100.
-  - Of equal scores PEFT may drop all: it keeps fewer than b(t) triplets.
+  - Pruned after every step, PEFT's default. In the paper a pruned triplet trains on for Delta_T
+    steps, 100 for example, before it is judged again.
 
 Questions people ask
-  Why not prune the smallest e?   |w g| estimates how the loss would change without w.
-  Is training cheaper?            No: all r triplets are computed to the end, and A and U take as
-                                  much memory as AdamW's averages. The saved adapter is smaller.
+  Why not prune the smallest E?   |w g| estimates how the loss would change without w.
+  Is training cheaper?   No: all r triplets are computed to the end. The saved adapter is smaller.
 
 Measured: `python adalora.py` answers 0 of 100 held-out prompts exactly before, and 100, 99 and 99
 after (--seed 0, 1, 2; two CPU cores, torch 2.13, 2026-11-26); the ranks at the end are 2 to 12.
@@ -69,7 +65,7 @@ class AdaLoRALinear(nn.Module):
         self.base = base
         kind = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(0.02 * torch.randn(rank, base.in_features, **kind))  # Q
-        self.lora_E = nn.Parameter(torch.zeros(rank, 1, **kind))  # e
+        self.lora_E = nn.Parameter(torch.zeros(rank, 1, **kind))  # E
         self.lora_B = nn.Parameter(0.02 * torch.randn(base.out_features, rank, **kind))  # P
         self.dropout, self.scaling = nn.Dropout(dropout), scaling
         self.widths = [1, base.in_features, base.out_features]
@@ -81,8 +77,7 @@ class AdaLoRALinear(nn.Module):
         flat = x.flatten(0, -2)  # (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), (self.lora_E * self.lora_A).to(x.dtype))  # (N, r)
-        # + s P (diag(e) Q x), in place: base's backward pass does not need y
-        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)
+        y.addmm_(down, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # + s P down, in place
         return y.view(*x.shape[:-1], -1)
 
     def observe(self) -> None:
@@ -100,7 +95,7 @@ class AdaLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with s P diag(e) Q added to its weight, in float32 and rounded once."""
+        """The base layer with s P diag(E) Q added to its weight, in float32 and rounded once."""
         update = self.scaling * self.lora_B @ (self.lora_E * self.lora_A)  # (out, in)
         self.base.weight.copy_(self.base.weight.float() + update)
         return self.base
@@ -108,10 +103,8 @@ class AdaLoRALinear(nn.Module):
 
 def orthogonality(layers) -> torch.Tensor:
     """The mean over all layers of the Frobenius norms ||P^T P - I|| and ||Q Q^T - I||."""
-    norms = []
-    for layer in layers:
-        for m in (layer.lora_B.T, layer.lora_A):  # (r, out), (r, in)
-            norms.append((m @ m.T - torch.eye(len(m), device=m.device)).norm())
+    matrices = [m for layer in layers for m in (layer.lora_B.T, layer.lora_A)]  # (r, ...)
+    norms = [(m @ m.T - torch.eye(len(m), device=m.device)).norm() for m in matrices]
     return torch.stack(norms).mean()
 
 
@@ -153,8 +146,7 @@ def add_adapter(model, args, device) -> tuple[dict[str, AdaLoRALinear], dict]:
         model.set_submodule(name, layers[name])
     common.fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     return layers, {"peft_type": "ADALORA", "init_r": rank, "target_r": args.target_rank,
-                    "lora_alpha": alpha, "lora_dropout": args.dropout, "target_modules": adapted,
-                    "orth_reg_weight": args.orthogonality}  # fmt: skip
+                    "lora_alpha": alpha, "lora_dropout": args.dropout, "target_modules": adapted}  # fmt: skip
 
 
 def train(args) -> None:
@@ -226,8 +218,7 @@ def train(args) -> None:
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
     # --- end ---
-    config["total_step"] = max(1, len(steps))  # PEFT wants one
-    save(args, model, tokenizer, layers, config)
+    save(args, model, tokenizer, layers, config | {"total_step": max(1, len(steps))})
     log.done()
 
 
