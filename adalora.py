@@ -145,8 +145,9 @@ def add_adapter(model, args, device) -> tuple[dict[str, AdaLoRALinear], dict]:
         layers[name] = AdaLoRALinear(model.get_submodule(name), kept, alpha / rank, args.dropout)
         model.set_submodule(name, layers[name])
     common.fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
-    return layers, {"peft_type": "ADALORA", "init_r": rank, "target_r": args.target_rank,
-                    "lora_alpha": alpha, "lora_dropout": args.dropout, "target_modules": adapted}  # fmt: skip
+    fields = {"init_r": rank, "target_r": args.target_rank, "lora_alpha": alpha}
+    fields |= {"lora_dropout": args.dropout, "target_modules": adapted}
+    return layers, {"peft_type": "ADALORA", **fields}
 
 
 def train(args) -> None:
