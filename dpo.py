@@ -110,8 +110,8 @@ def as_reference(layers: list[tuple]):
 def add_reference(model, dataset, steps, args, device):
     """The dataset with a column `reference`, log ref of every stretch, computed in the passes of
     these steps: in bfloat16 a log-probability depends a little on the rest of its pass."""
-    shape = len(dataset), max(map(len, dataset["stretches"][:]))
-    reference, seen = torch.zeros(shape, device=device), set()
+    width, seen = max(map(len, dataset["stretches"][:])), set()
+    reference = torch.zeros(len(dataset), width, device=device)
     with common.evaluating(model):
         for step in steps:
             numbers = [n for n in dict.fromkeys(step) if n not in seen]
@@ -128,11 +128,9 @@ def add_reference(model, dataset, steps, args, device):
 
 
 def pair_figures(model, batch: dict, layers: list[tuple], args) -> dict[str, torch.Tensor]:
-    """What a forward pass adds to the loss and the metrics, as sums over its prompts.
-
-    batch: examples, the prompts of the pass, with stretches, is_target and perhaps reference; the
-    other keys are what target_logps takes. layers: of the reference, with LoRA.
-    """
+    """What a forward pass adds to the loss and the metrics, as sums over its prompts. batch has
+    its `examples`, with stretches, is_target and perhaps reference, and what target_logps takes.
+    layers: of the reference, with LoRA."""
     device, examples = batch["input_ids"].device, batch.pop("examples")
     stretch, length, better, worse, weight, _ = common.find_pairs(examples, device)
     if layers:  # before the policy's pass, of which autograd keeps the activations
@@ -240,10 +238,6 @@ def train(args) -> None:
         common.sum_gradients(model)  # over ranks
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         # --- end ---
-        if step == 1 and args.loss == "sigmoid":  # the policy still is the reference
-            start = common.sum_over_ranks(figures["loss"].clone()).item()
-            if abs(start - math.log(2)) > (1e-4 if dtype == torch.float32 else 0.05):
-                raise common.UserError(f"the loss at step 0 is {start:.5f}, not ln 2")
         # --- update on pairs ---
         optimizer.step()
         optimizer.zero_grad()

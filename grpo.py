@@ -23,11 +23,10 @@ Choices and departures from the paper
   - A prompt is computed once for its answers. --rollout-size and --batch-size count answers.
   - The policy is a LoRA adapter; the reference, the base or a frozen copy of --adapter.
   - [1], [2] in the code: sampling and --missing-eos-penalty, as in ppo.py.
-  - A group with equal scores has no gradient (see equal_scores): a larger --group-size helps.
 
 What to watch, in metrics.jsonl: score, score_ended, ended, length, entropy and clip_fraction as in
-ppo.py; kl, the mean k3 of a token, in nats; equal_scores, the share of groups without a gradient;
-eval_loss, minus the held-out score, which --patience watches.
+ppo.py; kl, the mean k3 of a token, in nats; equal_scores, the share of groups without a gradient,
+which a larger --group-size lowers; eval_loss, minus the held-out score, for --patience.
 
 Measured: `python grpo.py` takes the mean held-out score from 0.04, 0.01 and 0.04 to 0.67, 0.70 and
 0.88 (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
@@ -437,8 +436,8 @@ def main(argv=None) -> None:
     add("--scale-rewards", choices=["group", "batch", "none"], default="group", help=how)
     add("--kl-coefficient", type=float, default=0.04, help="beta: the price of a nat of KL")
     demo = {"lr": 3e-3, "response_length": 48, "max_steps": 15, "samples": 4}
-    demo["data"] = [f"{common.EXAMPLES}/pairs.jsonl"]
-    demo["reward"] = f"{common.EXAMPLES}/rewards.py:kindness"
+    demo |= {"data": [str(common.EXAMPLES / "pairs.jsonl")]}
+    demo |= {"reward": f"{common.EXAMPLES}/rewards.py:kindness"}
     args = common.parse_args(parser, argv, demo=demo)
     check_flags(args)
     if args.batch_size % args.group_size:

@@ -298,10 +298,9 @@ def merge(args) -> None:
     if args.merge_base == "original":
         original = common.load_model(args, "auto", torch.device("cpu"))
     for name, small in quantized_layers(model).items():
-        weight = dequantized(small)
+        weight, layer = dequantized(small), model.get_submodule(name)
         if args.merge_base == "original":
             weight = original.get_submodule(name).weight.to(device).float()
-        layer = model.get_submodule(name)
         merged = nn.Linear(small.in_features, small.out_features, device="meta")
         merged.weight, merged.bias = nn.Parameter(weight), small.bias
         if isinstance(layer, LoRALinear):
@@ -329,9 +328,8 @@ def main(argv=None) -> None:
     common.add_adapter_flags(parser, shard=False)
     add = parser.add_argument_group("QLoRA").add_argument
     add("--optimizer", choices=["adamw", "paged_adamw8bit"], default="adamw", help="of A and B")
-    bases = ["dequantized", "original"]
     what = "the weights to which --merge-only adds the update"
-    add("--merge-base", choices=bases, default="dequantized", help=what)
+    add("--merge-base", choices=["dequantized", "original"], default="dequantized", help=what)
     args = common.parse_args(parser, argv, demo={"lr": 4e-3, "epochs": 6.0})
     merge(args) if args.merge_only else train(args)
 

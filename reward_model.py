@@ -7,7 +7,7 @@ Ouyang et al. 2022, "Training language models to follow instructions with human 
 
     h         hidden          the backbone's last hidden state at the end of prompt x and answer y
     w         score   (1, d)  the head, in place of the output layer; starts as N(0, 1 / (d + 1))
-    r         rewards (S,)    float32, read at the end of every stretch
+    r         rewards (S,)    float32, at the end of every stretch
     y_w, y_l  better, worse (P,)  the answers of a pair; K ranked answers make K (K - 1) / 2 pairs
     m         margin  (P,)    0, or the row's: by how much y_w should win (Llama 2, 2307.09288)
 
@@ -20,13 +20,13 @@ Why a difference of rewards
   nothing, so rewards have no zero, and compare answers to one prompt better than two prompts.
 
 Choices and departures from the paper
-  - All answers to a prompt are in one step, and a prompt counts once: spread over an epoch, its
-    pairs overfit (section 3.5). A prompt is computed once for its answers (see dpo.py).
+  - All answers to a prompt are in one step, as spread over an epoch its pairs overfit (section
+    3.5). A prompt counts once, and is computed once (see dpo.py).
   - The end is found by position, never by the pad id. transformers finds it by the pad id, so the
     result is saved with a pad token that ends no text.
   - The mean reward of the best answers to 512 training prompts is saved as `reward_offset`, in
-    config.json or an adapter's metadata, and --score subtracts it: a reward of 0 is as good as
-    those. transformers and PEFT give r itself.
+    config.json or an adapter's metadata. ppo.py subtracts it: a reward of 0 is as good as those.
+    transformers and PEFT give r itself.
   - The base's dropout is off. One epoch, as in the paper.
 
 Questions people ask
@@ -35,19 +35,15 @@ Questions people ask
   Which rate?      1e-5 where every parameter trains, 1e-4 with --lora-rank.
   Which base?      A model after SFT (sft.py). A reward model continues with its own head.
 
-Measured: `python reward_model.py` takes the accuracy on 105 held-out pairs from 0.44, 0.36 and 0.36
-to 1.00 with seeds 0, 1 and 2 (two CPU cores, torch 2.13, 2026-11-26).
+Measured: `python reward_model.py` takes the accuracy on 105 held-out pairs from 0.44, 0.36, 0.36 to
+1.00 with seeds 0, 1, 2 (two CPU cores, torch 2.13, 2026-11-26).
 
-    python reward_model.py                              # the bundled model learns to be kind
-    python reward_model.py --model CHAT --data pairs.jsonl --output runs/reward
+    python reward_model.py                     # the bundled model learns to be kind
     python reward_model.py --model CHAT --data pairs.jsonl --lora-rank 16 --lr 1e-4
-    python reward_model.py --score --model runs/reward --data rows.jsonl --output runs/scores
 """
 
 import copy
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,17 +79,14 @@ def last_tokens(batch: dict, examples: list[dict]) -> torch.Tensor:
     ends += batch["attention_mask"].sum(1)  # (B,)
     rows, first = [], 0
     for example in examples:
-        answers = range(first, first + len(example["stretches"]) - 1)
-        rows, first = rows + [first, *answers], first + len(answers)
+        answers = [*range(first, first + len(example["stretches"]) - 1)]
+        rows, first = [*rows, first, *answers], first + len(answers)
     return ends[rows]
 
 
 def pair_figures(model, batch: dict) -> dict[str, torch.Tensor]:
-    """What a forward pass adds to the loss and the metrics, as sums over its prompts.
-
-    batch: examples, the prompts of the pass, each with stretches, is_target and margin; the other
-    keys are what the backbone takes, and targets.
-    """
+    """What a forward pass adds to the loss and the metrics, as sums over its prompts. batch has
+    its `examples`, each with stretches, is_target and margin, and what the backbone takes."""
     examples = batch.pop("examples")
     _, _, better, worse, weight, margin = common.find_pairs(examples, batch["input_ids"].device)
     r = model.rewards(last_tokens(batch, examples), **batch)  # (S,)
@@ -137,43 +130,37 @@ class LoRALinear(nn.Module):
 
 
 def load_reward_model(args, dtype, device):
-    """-> (a sequence classification model with `model.rewards`, the config of its adapter or {},
-    its offset). The head is the adapter's, else the one on disk, else random."""
+    """-> (a model with `model.rewards`, the config of its adapter or {}). The head is the
+    adapter's, else the one on disk, else random."""
     base = common.pretrained(transformers.AutoConfig, args.model)
-    has_head = "SequenceClassification" in str(base.architectures)
-    lora, config, offset = args.rank or args.adapter, {}, 0.0
+    lora, config = args.rank or args.adapter, {}
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
+    kind = {"shard": shard, "offload": args.offload, "load_in_4bit": args.load_in_4bit}
     weights = None if lora else torch.float32  # masters, if they train
-    four_bits = args.load_in_4bit
-    model = common.load_model(args, dtype, device, weights, shard, args.offload, four_bits, rewards)
+    model = common.load_model(args, dtype, device, weights, **kind, method=rewards)
     d = model.score.in_features
     head = torch.randn(1, d, generator=torch.Generator().manual_seed(args.seed)) / math.sqrt(d + 1)
-    if has_head:
-        head, offset = common.whole(model.score.weight.data), getattr(base, "reward_offset", 0.0)
+    if "SequenceClassification" in str(base.architectures):
+        head = common.whole(model.score.weight.data)
     if lora:
         config = common.add_adapter(model, args, LoRALinear, device)
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
-        found = common.load_adapter(args.adapter, model, "LORA") if args.adapter else ({}, {})
-        if "score.weight" in found[1]:
-            head, has_head = found[1]["score.weight"], True
-            offset = float(found[0].get("reward_offset", 0.0))
+        if args.adapter:
+            head = common.load_adapter(args.adapter, model, "LORA")[1].get("score.weight", head)
         model.score = nn.Linear(d, 1, bias=False, device=device)  # float32, as the adapter
         model.score.weight.data.copy_(head)
     else:
         dcp.set_model_state_dict(model, {"score.weight": head}, options=common.LOAD)
-    if args.score and not has_head:
-        raise common.UserError(f"--score: {args.adapter or args.model} is no reward model")
     common.disable_dropout(model)
     if not args.no_packing:
         check_packing(model, args, device, exact=dtype == torch.float32)
-    return model, config, offset
+    return model, config
 
 
 def check_packing(model, args, device, exact: bool) -> None:
     """Answers that share a prompt must have the rewards of padded ones: nothing leaks."""
-    ids = np.arange(24) * 5 % 17 + 3
-    columns = {"input_ids": ids, "is_target": ids > 0, "stretches": np.array([9, 8, 7])}
-    columns, padded = {key: [x] for key, x in columns.items()}, copy.copy(args)
+    ids, padded = np.arange(24) * 5 % 17 + 3, copy.copy(args)
+    columns = {"input_ids": [ids], "is_target": [ids > 0], "stretches": [np.array([9, 8, 7])]}
     padded.no_packing, found = True, torch.tensor(score(model, columns, args, device))
     with common.own_attention(model):
         expected = torch.tensor(score(model, columns, padded, device))
@@ -187,8 +174,8 @@ def choose_pad_token(args, tokenizer) -> None:
     used = {*tokenizer.apply_chat_template(turns, return_dict=False)}
     used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if tokenizer.pad_token_id in used:
-        added = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        unused = [text for i, text in added.items() if i not in used]
+        added = tokenizer.added_tokens_decoder.items()
+        unused = [str(token) for i, token in added if token.special and i not in used]
         pads = sorted(unused, key=lambda t: ("pad" not in t.lower(), t == tokenizer.unk_token))
         tokenizer.add_special_tokens({"pad_token": [*pads, "<|pad|>"][0]})
         common.say(f"padding with {tokenizer.pad_token!r}, which ends no text")
@@ -204,7 +191,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     choose_pad_token(args, tokenizer)
-    model, config, _ = load_reward_model(args, dtype, device)
+    model, config = load_reward_model(args, dtype, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 
@@ -270,17 +257,14 @@ def train(args) -> None:
     print_samples(samples_before, samples)
     # --- end ---
     best = sorted({n for step in steps for n in step} or range(len(train_set)))[:512]
-    values = score(model, train_set[best], args, device)
-    offset = sum(answers[0] for answers in values) / len(values)
-    common.say(
-        f"the best answers to {len(best)} training prompts have a mean reward of {offset:.4f}"
-    )
+    offset = np.mean([answers[0] for answers in score(model, train_set[best], args, device)])
+    common.say(f"the mean reward of the best answers to {len(best)} prompts: {offset:.4f}")
     if config:
         common.save_adapter(args, model, tokenizer, config, reward_offset=str(offset))
     else:
         pad = {"pad_token_id": tokenizer.pad_token_id}
         model.config.get_text_config().update(pad)
-        model.config.update(pad | {"reward_offset": offset})
+        model.config.update(pad | {"reward_offset": float(offset)})
         common.save_model(args, model, tokenizer, dtype)
     log.done()
 
@@ -302,7 +286,7 @@ def held_out_figures(model, eval_set, measure, args, device) -> dict[str, float]
 
 
 def score(model, examples: dict, args, device) -> list[list[float]]:
-    """r of the answers of each example, without the offset."""
+    """r of the answers of each example."""
     numbers = range(len(examples["input_ids"]))
     width = max(map(len, examples["stretches"]))
     values = torch.zeros(len(numbers), width, device=device)
@@ -318,13 +302,12 @@ def score(model, examples: dict, args, device) -> list[list[float]]:
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, list]]:
     """(prompt, [(reward, answer) ...]) of the first --samples examples."""
-    examples = examples[: args.samples] if args.samples else {}
-    samples = []
-    for n, values in enumerate(score(model, examples, args, device) if examples else ()):
-        edges = np.cumsum(examples["stretches"][n])[:-1]
-        parts = np.split(examples["input_ids"][n], edges)
+    examples, samples = examples.select(range(min(args.samples, len(examples)))), []
+    values = score(model, examples[:], args, device) if args.samples else []
+    for example, of_answers in zip(examples, values):
+        parts = np.split(example["input_ids"], np.cumsum(example["stretches"])[:-1])
         prompt, *answers = tokenizer.batch_decode(parts, skip_special_tokens=True)
-        samples.append((prompt, list(zip(values, answers))))
+        samples.append((prompt, list(zip(of_answers, answers))))
     return samples
 
 
@@ -338,56 +321,15 @@ def print_samples(before, after) -> None:
         common.say(text)
 
 
-def score_file(args) -> None:
-    """--score: the rows of --data, with the `reward` of a conversation's last answer, or with the
-    `rewards` of the answers of a preference; null where --max-length cuts an answer off."""
-    device, dtype = common.setup(args)
-    tokenizer = common.load_tokenizer(args)
-    model, _, offset = load_reward_model(args, dtype, device)
-    limit = args.max_length or min(2048, model.config.get_text_config().max_position_embeddings)
-    rows = [row for name in args.data for row in common.open_source(name)[1]]
-    examples = {"input_ids": [], "is_target": [], "stretches": []}
-    for place, row in rows:
-        try:
-            if "chosen" in row or "responses" in row:
-                turns, answers, tools, _ = common.parse_preference(row)
-            else:
-                (*turns, answer), tools = common.parse_row(row)
-                answers = [answer]
-            encoded = common.encode_answers(tokenizer, turns, answers, tools, whole=True)
-            if not encoded or not all(marks[:limit].any() for _, marks in encoded):
-                raise ValueError("no answer, or none within --max-length")
-            parts = common.share_prompt(encoded, limit)
-        except Exception as error:
-            raise common.UserError(f"{place}: {error}") from error
-        for column, part in zip(examples.values(), parts):
-            column.append(part)
-    values = score(model, examples, args, device)
-
-    def write(folder: Path) -> None:
-        with open(folder / "scores.jsonl", "w", encoding="utf-8") as file:
-            for (_, row), scores in zip(rows, values):
-                scores = [value - offset for value in scores]
-                several = "chosen" in row or "responses" in row
-                row = row | ({"rewards": scores} if several else {"reward": scores[0]})
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    common.write_result(Path(args.output), write)
-    common.say(f"{len(rows):,} rows with their rewards are in {args.output}/scores.jsonl")
-
-
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/reward_model", lr=1e-5)
     parser.set_defaults(epochs=1.0)
     add = parser.add_argument_group("reward model").add_argument
-    only = "train nothing: write the rows of --data with rewards to --output/scores.jsonl"
-    add("--score", action="store_true", help=only)
     add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
     add("--load-in-4bit", action="store_true", help="the base in 4 bits, with --lora-rank")
     common.add_adapter_flags(parser, prefix="lora-", rank=0)
     pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 1e-3, "samples": 3}
-    args = common.parse_args(parser, argv, demo=pairs)
-    score_file(args) if args.score else train(args)
+    train(common.parse_args(parser, argv, demo=pairs))
 
 
 if __name__ == "__main__":

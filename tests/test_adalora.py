@@ -181,6 +181,8 @@ def test_training_and_allocation_equal_pefts(flags, random_model, tmp_path, monk
                     e, q, p = (average[key % x] for x in "EAB")
                     expected = torch.cat([e, q, p.T], dim=1)
                     torch.testing.assert_close(layer[mine], expected, rtol=1e-3, atol=1e-9)
+        for layer, before in zip(ours[step - 1], ours[4]):
+            assert step < 6 or torch.equal(layer["sensitivity"], before["sensitivity"])
         kept = sum(int(layer["kept"].sum()) for layer in ours[step - 1])
         assert (
             kept == allocator.budget_schedule(step)[0] == [56, 56, 39, 31, 28, 28, 28, 28][step - 1]

@@ -189,9 +189,8 @@ def stand_in(script: str, flag: str, word: str, rows, trained) -> str:
     name = word.removeprefix("runs/")
     if flag == "--model":
         return trained("reward_model") if name == "reward" else TINY
-    if flag in ("--data", "--eval-data", "--score"):
-        kind = "reward_model" if flag == "--score" else script
-        return rows(kind) + "".join(re.findall(r":[\d.]+$", word))
+    if flag in ("--data", "--eval-data"):
+        return rows(script) + "".join(re.findall(r":[\d.]+$", word))
     if flag == "--reward" and ".py" in word:
         word = word.replace("FILE.py:FUNCTION", "examples/rewards.py:kindness")
         return word.replace("examples", str(ROOT / "examples"))
@@ -212,8 +211,7 @@ def shrunk(command: str, rows, trained) -> tuple[str, list[str]]:
         arguments.append(word if word == flag else stand_in(script, flag, word, rows, trained))
     missing = {}  # of a flag and its value, out of a sentence
     if words:
-        base = trained("reward_model") if "--score" in words else TINY
-        missing = {"--model": base, "--data": rows(script)}
+        missing = {"--model": TINY, "--data": rows(script)}
     if "--merge-only" in words:
         missing["--adapter"] = trained(script)
     for flag, value in missing.items():
@@ -231,8 +229,6 @@ def test_the_command_runs(command, rows, trained, tmp_path, monkeypatch):
     importlib.import_module(script).main([*arguments, "--output", str(output)])
     if "--inspect" in arguments:
         assert not output.exists()
-    elif "--score" in arguments:
-        assert (output / "scores.jsonl").exists()
     elif "--merge-only" in arguments:
         assert (output / "model.safetensors").exists()
     else:
