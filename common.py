@@ -1635,6 +1635,8 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
     unread = [key for key in UNREAD if config.get(key) not in (*EMPTY, False, "none")]
     if hasattr(model, "score") and "modules_to_save" in unread:
         unread.remove("modules_to_save")  # the head
+    if "ADALORA" in peft_types and "rank_pattern" in unread:
+        unread.remove("rank_pattern")  # the tensors' shapes tell
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
         unread.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
     if unread:
@@ -1963,6 +1965,7 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
     Atomic: a run that is killed leaves the old file or the new one. step-N replaces older ones."""
     weights, states = dcp.get_state_dict(model, optimizers, options=SAVE)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    trained |= {key for key, _ in model.named_buffers()}  # AdaLoRA's importance
     weights = {key: x for key, x in weights.items() if key in trained}  # no frozen tied head
     if not all(x.isfinite().all() for x in weights.values()):
         raise UserError(f"step {run['step']}: weights are not finite. Try a lower --lr")

@@ -51,7 +51,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "tiny": (128, 384, 2, 4, 2, 512),
 }
 PREFERENCES = ("dpo", "orpo", "reward")
-METHODS = ("lora", "dora", "ia3", "qlora", "full", "sft", *PREFERENCES, "ppo")
+METHODS = ("lora", "dora", "adalora", "ia3", "qlora", "full", "sft", *PREFERENCES, "ppo")
 PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 
@@ -335,8 +335,10 @@ def flags_of(folder: str, args) -> list[str]:
     flags += ["--micro-batch-tokens", str(longest * args.length)]
     flags += ["--no-packing"] * (args.worker == "padding")
     flags += ["--gradient-checkpointing"] * args.recompute
-    if args.method in ("lora", "dora", "qlora", "ppo"):
+    if args.method in ("lora", "dora", "adalora", "qlora", "ppo"):
         flags += ["--rank", "8", "--alpha", "16"]
+    if args.method == "adalora":
+        flags += ["--target-rank", "4"]
     if args.lora and args.method in ("sft", *PREFERENCES):
         flags += ["--lora-rank", "8", "--lora-alpha", "16"]
     if args.method == "ppo":
@@ -541,7 +543,11 @@ def theirs(folder: str, args) -> None:
     if args.method == "ia3":
         names = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
         lora = peft.IA3Config(**names, feedforward_modules=["down_proj"], task_type=task)
-    adapter = args.method in ("lora", "dora", "ia3", "qlora") or args.lora
+    if args.method == "adalora":
+        ranks = {"init_r": 8, "target_r": 4, "total_step": args.steps, "tfinal": args.steps // 2}
+        shared = {"lora_alpha": 16, "target_modules": "all-linear", "task_type": task}
+        lora = peft.AdaLoraConfig(**ranks, **shared)
+    adapter = args.method in ("lora", "dora", "adalora", "ia3", "qlora") or args.lora
     auto_class = transformers.AutoModelForCausalLM
     if reward:
         auto_class = transformers.AutoModelForSequenceClassification
@@ -572,6 +578,10 @@ def theirs(folder: str, args) -> None:
     class Callback(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
             meter.begin()
+
+        def on_optimizer_step(self, args_, state, *_, **__):
+            if args.method == "adalora":  # PEFT leaves this to the loop
+                trainer.model.base_model.update_and_allocate(state.global_step + 1)
 
         def on_step_end(self, *_, **__):
             meter.step()

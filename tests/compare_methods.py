@@ -30,6 +30,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 METHODS = """lora.py
 dora.py
+adalora.py
 ia3.py
 qlora.py
 adapter.py
@@ -41,6 +42,7 @@ full_ft.py""".splitlines()
 RATES = {
     "lora.py": 3e-3,
     "dora.py": 3e-3,
+    "adalora.py": 1e-2,
     "ia3.py": 3e-2,
     "qlora.py": 3e-3,
     "adapter.py": 3e-3,

@@ -21,6 +21,7 @@ import transformers
 from conftest import ROOT, TINY, read_metrics, write_rows
 from safetensors.torch import load_file
 
+import adalora
 import common
 import dpo
 import full_ft
@@ -443,6 +444,7 @@ def test_file_modes_follow_the_umask(script, mask, mode, flags, tmp_path, monkey
 
 RESUMED = {
     "lora": (lora, ["--dropout", "0.2"]),
+    "adalora": (adalora, ["--dropout", "0.2", "--rank", "4", "--target-rank", "2"]),
     "full_ft": (full_ft, ["--weight-decay", "0.1"]),
     "in backward": (full_ft, [*IN_BACKWARD, "--l2-sp", "0.1"]),
     "8-bit": (full_ft, ["--optimizer", "adamw8bit"]),

@@ -41,6 +41,8 @@ RUNS = {
     "dora": ("dora", LORA),
     "dora --shard": ("dora", [*LORA, "--shard"]),
     "dora --adapter --shard": ("dora", [*LORA, "--adapter", "DORA", "--shard"]),
+    "adalora": ("adalora", [*LORA, "--rank", "4", "--target-rank", "2"]),
+    "adalora --shard": ("adalora", [*LORA, "--rank", "4", "--target-rank", "2", "--shard"]),
     "ia3": ("ia3", LORA),
     "adapter": ("adapter", LORA),
     "adapter --adapter": ("adapter", [*LORA, "--adapter", "ADAPTER"]),
