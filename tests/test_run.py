@@ -615,7 +615,7 @@ def test_patience_stops_and_keeps_the_weights_of_the_lowest_held_out_loss(
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     best = min(losses, key=losses.get)
     assert best > 0 and lines[-1]["step"] == best + 6 < 60 and lines[-1]["done"]
-    assert f"taking the weights of step {best}" in capsys.readouterr().out
+    assert f"using the weights of step {best}" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoint").exists()
     run_killed(monkeypatch, sft, flags("again", *more, "--save-every", best), best + 1)
     again = torch.load(tmp_path / "again" / "checkpoint" / f"step-{best:08d}.pt", weights_only=True)
