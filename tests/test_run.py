@@ -256,7 +256,7 @@ def test_out_of_memory_says_what_to_try(script, monkeypatch, capsys):
 def test_the_first_line_of_a_run(flags, tmp_path, capsys):
     lora.main(flags("run"))
     printed = capsys.readouterr().out
-    first = r"^12 steps of 8 examples, about ([\d,]+) tokens a pass, cpu, float32$"
+    first = r"^12 steps of 8 examples, about ([\d,]+) tokens per forward pass, cpu, float32$"
     tokens = int(re.search(first, printed, re.MULTILINE)[1])
     assert tokens == pytest.approx(read_metrics(tmp_path / "run")[-1]["tokens"] / 12, abs=0.51)
     assert "warning: " not in printed  # --max-steps was asked for
