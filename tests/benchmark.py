@@ -105,7 +105,35 @@ def make_work(folder: Path, args) -> None:
             pair = {"prompt": turn("user", n, prompt)}
             pair["chosen"] = turn("assistant", n + 1, answer)
             pair["rejected"] = turn("assistant", n + 2, answer)
+            if args.real_pairs:
+                row = real_pairs()[n % len(real_pairs())]
+                pair = {key: [{"role": role, "content": row[key]}] for key, role in ROLES.items()}
             file.write(json.dumps(pair) + "\n")
+
+
+ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
+@functools.cache
+def real_pairs() -> list[dict]:
+    """The rows of examples/preferences.jsonl; of ranked answers, the best and the worst."""
+    lines = (ROOT / "examples" / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    ranked = [row for row in rows if "responses" in row]
+    for row in ranked:
+        row |= {"chosen": row["responses"][0], "rejected": row["responses"][-1]}
+    return [row for row in rows if all(isinstance(row.get(key), str) for key in ROLES)]
+
+
+def tokens_of_pairs(folder: str, args) -> float:
+    """Of the texts in a step, the prompt counted with either answer, as TRL computes it: the
+    ratio of two sides is that of pairs a second. A byte is a token."""
+    total = rows = 0
+    for row in map(json.loads, Path(data_of(folder, args)).read_text().splitlines()):
+        texts = ("prompt", "prompt", "chosen", "rejected")
+        total += sum(len(row[key][0]["content"].encode()) for key in texts)
+        rows += 1
+    return total / rows * args.rows
 
 
 def examples_of_a_step(args) -> int:
@@ -324,16 +352,16 @@ def ours(folder: str, args) -> None:
     random_weights(folder, torch.float32)
     meter = Profiler() if args.profile else Meter(args.skip)
     script = importlib.import_module(script_of(args.method))
-    watch(script, meter)
+    watch(script, meter, folder, args)
     script.main(flags_of(folder, args))
 
 
-def watch(script, meter) -> None:
+def watch(script, meter, folder: str, args) -> None:
     """Measure the run that follows. The process ends after the last step, before anything is
     answered or saved: only the steps count."""
     import common
 
-    step_done, rates = common.Log.step_done, []
+    step_done, rates, plain = common.Log.step_done, [], []
 
     def timed_step_done(log, *rest, **figures):
         step_done(log, *rest, **figures)
@@ -346,25 +374,48 @@ def watch(script, meter) -> None:
         if log.run["step"] == 0:
             meter.begin()
             return []
-        meter.report(log.run["tokens"] / log.run["step"])
+        pairs = args.method in PREFERENCES
+        tokens = tokens_of_pairs(folder, args) if pairs else log.run["tokens"] / log.run["step"]
+        meter.report(tokens)
         os._exit(0)
 
-    def first_rollout(*rest):
+    def timed_rollout(*rest):
         if not hasattr(meter, "last"):
             meter.begin()
+        plain.append(generate_speed(*rest))
+        meter.last = time.perf_counter()
         return write_answers(*rest)
 
     def report(log, *rest):
-        rate = statistics.median(rates[meter.skip :])
-        meter.report(log.run["tokens"] / log.run["step"], rollout_tokens_per_second=rate)
+        names = "rollout_tokens_per_second", "generate_tokens_per_second"
+        speeds = [statistics.median(x[meter.skip :]) for x in (rates, plain)]
+        meter.report(log.run["tokens"] / log.run["step"], **dict(zip(names, speeds)))
         os._exit(0)
 
     common.Log.step_done, script.answer_samples = timed_step_done, answer_samples
     if script.__name__ == "ppo":
-        write_answers, script.write_answers = script.write_answers, first_rollout
+        write_answers, script.write_answers = script.write_answers, timed_rollout
         common.Log.done, common.save_adapter = report, lambda *_: None
     common.check_model = lambda *_, **__: None  # random weights: nothing to check
 
+
+def generate_speed(model, reward, tokenizer, examples, args, device, step) -> float:
+    """Tokens/s of transformers' generate(do_sample=True) from the same prompts as a rollout."""
+    import torch
+
+    import common
+
+    prompts = [torch.as_tensor(ids)[mark == 0] for ids, mark in zip(*map(examples.get, COLUMNS))]
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    options = {"max_new_tokens": args.response_length, "pad_token_id": tokenizer.pad_token_id}
+    start = time.perf_counter()
+    with common.evaluating(model), common.own_attention(model):
+        ids = model.generate(**inputs.to(device), **options, do_sample=True, top_k=0)
+    width = inputs["input_ids"].shape[1]
+    return (ids[:, width:] != tokenizer.pad_token_id).sum().item() / (time.perf_counter() - start)
+
+
+COLUMNS = "input_ids", "is_target"
 
 # aten operations by what they are for; what is not listed counts as the rest
 KINDS = {
@@ -526,7 +577,7 @@ def theirs(folder: str, args) -> None:
     trainer.train()
     tokens = args.rows * (args.length // args.document) * args.document
     if args.method in PREFERENCES:
-        tokens = args.rows * args.document * 2
+        tokens = tokens_of_pairs(folder, args)
     if padding:
         tokens = trainer.state.num_input_tokens_seen / args.steps
     meter.report(tokens)
@@ -680,6 +731,8 @@ def parse_args(argv=None):
     add("--repeats", type=int, default=3)
     add("--recompute", action="store_true", help="gradient checkpointing on both sides")
     add("--lora", action="store_true", help="LoRA in sft, dpo, orpo and reward as well")
+    real = "dpo, orpo, reward: the pairs of examples/preferences.jsonl in place of made-up ones"
+    add("--real-pairs", action="store_true", help=real)
     add("--flags", default="", help="more flags for our script, in one string")
     kinds = "of ours: milliseconds of a step, by kind of operation"
     add("--profile", action="store_true", help=kinds)
@@ -726,9 +779,9 @@ def compare(args) -> None:
         memory = [median(side, "gib") for side in ("ours", against)]
         print_row(method, *speed, f"{statistics.median(ratios):.2f} ({spread})",
                   *(f"{gib:.2f}" for gib in memory), f"{memory[0] / memory[1]:.2f}")  # fmt: skip
-        if method == "ppo":
-            name = "rollout_tokens_per_second"
-            print_row(name, f"{median('ours', name):,.0f}", *[""] * 5)
+        for name in ("rollout_tokens_per_second", "generate_tokens_per_second"):
+            if method == "ppo":
+                print_row(name, f"{median('ours', name):,.0f}", *[""] * 5)
         results[method] = runs
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "json"}
