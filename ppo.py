@@ -57,10 +57,10 @@ Questions people ask
   Sum or mean?      Losses are means over the answer tokens of a minibatch. kl is a sum over an
                     answer's tokens, then a mean over answers.
   Why k1, not k3?   As a reward, k1's expectation has the gradient of the KL. k3 is only logged.
-  Which penalty?    More than a cut-off answer can gain. After 20 rollouts with --response-length
-                    24, shorter than the bundled model's answers: with penalty 0, 5 % of answers
-                    end by themselves and the score is 1.00, with texts cut in mid-word. With 0.1,
-                    6 %. With 1, 35 %, and the score rises from -0.99 to 0.32 (2026-11-26).
+  Which --missing-eos-penalty?   More than a cut-off answer can gain. After 20 rollouts with
+                    --response-length 24, shorter than the bundled model's answers: with penalty
+                    0, 5 % of answers end by themselves, and the score is 1.00 with texts cut in
+                    mid-word. 0.1: 6 %. 1: 35 %, score from -0.99 to 0.32 (2026-11-26).
   Score falls?      Try a lower --lr, a higher --critic-lr or a larger --rollout-size.
   Score rises, answers get worse?   The policy exploits the reward. Raise --kl-coefficient.
   The data's answers?   Reward functions get them as references. Rows may have none.

@@ -1,12 +1,12 @@
-"""Tables of the README: same model, data and steps for all that is compared.
+"""Tables for the README. All methods in a table use the same model, data and number of steps.
 
     # every script without flags, three seeds
     python tests/compare_methods.py demo --write
     # every method on a real model, one seed
     python tests/compare_methods.py real --model FOLDER --data FILE
 
-Each run is a script in a process of its own; what the tables say is read from the metrics.jsonl and
-the files that it left.
+Each run is a script in its own process. The figures come from the metrics.jsonl and the files that
+it leaves.
 """
 
 import argparse
@@ -35,7 +35,7 @@ adapter.py --pfeiffer
 prefix_tuning.py
 prompt_tuning.py
 full_ft.py""".splitlines()
-# on a real model for a few dozen steps: rates that so short a run needs, the best of those tried
+# learning rates for a few dozen steps on a real model: the best of those tried
 RATES = {
     "lora.py": 3e-3,
     "dora.py": 3e-3,
@@ -60,7 +60,7 @@ BUDGET = """--eval-data 0.002 --max-length 384 --batch-size 3 --micro-batch-toke
 
 
 def run(command: str, output: Path) -> tuple[list[dict], float]:
-    """A script's run. -> the lines of its metrics.jsonl, and the seconds of processor time that it
+    """Run a script. -> the lines of its metrics.jsonl, and the seconds of processor time that it
     took"""
     shutil.rmtree(output, ignore_errors=True)
     script, *flags = command.split()
@@ -99,8 +99,8 @@ def where_and_when() -> str:
 
 
 def demo(args) -> str:
-    """What each script does without flags, from the base's start to the end, over seeds; and a
-    picture of the methods' first seed."""
+    """A table: every script without flags, before and after, for several seeds. With --write also a
+    picture of the first seed's losses."""
     lines = [
         "| command | saved parameters | measured on held-out rows | before | after, each seed "
         "| CPU seconds |",
@@ -136,7 +136,7 @@ def real(args) -> str:
     """Every method on one model, data and number of steps."""
     names = f"--model {Path(args.model).name} --data {Path(args.data).name}"
     lines = [
-        "| command | saved parameters | checkpoint | peak memory | tokens/s | held-out loss "
+        "| command | saved parameters | saved size | peak memory | tokens/s | held-out loss "
         "before | after |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -159,7 +159,7 @@ def real(args) -> str:
 
 
 def picture(curves: dict[str, list[tuple[float, float]]], memory: dict[str, float]) -> str:
-    """Training loss over epochs on the left, peak memory on the right, one colour a method.
+    """Training loss over epochs on the left, peak memory on the right, one colour per method.
     -> SVG"""
     points = [point for curve in curves.values() for point in curve]
     steps, high = max(step for step, _ in points), math.ceil(max(loss for _, loss in points))
