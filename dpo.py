@@ -16,15 +16,15 @@ Why this is reward learning
   maximises E[r] - beta KL(pi || ref) is known: pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x).
   Hence r(x, y) = beta log [pi(y|x) / ref(y|x)] + beta log Z(x). Z(x), a sum over all answers,
   cannot be computed. But it is the same for both answers, so r(x, y_w) - r(x, y_l) = beta h. L
-  fits the reward model beta log (pi / ref), for which pi is the best policy. The gradient of L is
-  - beta sigmoid(-beta h) d/dw [log pi(y_w|x) - log pi(y_l|x)]: y_w becomes more likely and y_l less
+  fits the reward model beta log (pi / ref), whose optimal policy is pi. The gradient of L is
+  - beta sigmoid(-beta h) grad [log pi(y_w|x) - log pi(y_l|x)]: y_w becomes more likely and y_l less
   likely, and a pair counts more if its order is still wrong.
 
 Shared prompts
   All answers to a prompt read the same prompt tokens. These are computed once, not per answer:
 
     tokens     [ prompt | answer 1 | answer 2 ]     three stretches of one sequence
-    positions  0 .. P-1   P ..       P ..           each answer continues the prompt
+    positions  0 .. n-1   n ..       n ..           each answer continues the prompt
 
   A token sees the tokens before it in its own stretch. An answer also sees its prompt, never the
   other answer (common.stretch_attention). The prompt's last position predicts the first token of

@@ -18,7 +18,7 @@ Choices and departures from the paper
   - A is initialised as in the authors' code (kaiming_uniform), not Gaussian as in the paper.
   - A and B stay float32 and are cast in the forward pass: AdamW's small updates would vanish in
     bfloat16.
-  - No dropout by default: with it, each layer stores its own copy of its input for backward.
+  - --dropout is 0: otherwise each layer stores its own copy of its input for the backward pass.
   - rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(r). To use it, multiply --alpha by sqrt(r).
 
 Questions people ask
@@ -30,7 +30,7 @@ Questions people ask
                     forward passes and on all GPUs. Targets are the assistant's tokens and the
                     end-of-turn token.
   Merge?            --merge-only adds s B A to W0. Merged weights cost nothing at inference. Keep
-                    the adapter: they are rounded, so subtracting s B A does not restore W0.
+                    the adapter: the sum is rounded, so subtracting s B A does not restore W0.
 
 Measured: `python lora.py` answers 0 of 100 held-out prompts exactly before training, and 100, 99
 and 99 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). `python lora.py --model

@@ -5,7 +5,7 @@ Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Mo
 
     L = NLL(x, y_w) - lambda log sigmoid(z)
     z = log odds(y_w) - log odds(y_l) = (p_w - p_l) - [log1mexp(p_w) - log1mexp(p_l)]
-    odds(y) = P / (1 - P)          P = exp(p)          p = 1/|y| log pi(y|x)
+    odds(y) = q / (1 - q)          q = exp(p)          p = 1/|y| log pi(y|x)
 
     x        the prompt          y_w, y_l  better, worse (P,): the answers of a pair
     p        mean_logps  (S,)    the MEAN over an answer's tokens, end of turn included, in nats
@@ -28,9 +28,9 @@ Choices and departures from the paper
   - A prompt is computed once for all its answers (see dpo.py).
 
 Questions people ask
-  Why odds?        log odds = log P - log(1 - P) varies more than log P. So log sigmoid saturates
+  Why odds?        log odds = log q - log(1 - q) varies more than log q. So log sigmoid saturates
                    sooner and lowers the rejected answer less (the paper's section 7). For small
-                   P, both are the same.
+                   q, both are the same.
   Sum or mean?     Means: p over an answer's tokens, the NLL over the tokens of the step, the odds
                    term over its prompts.
   Loss at step 0?  The NLL of the data plus about 0.1 ln 2. log_odds starts near 0.

@@ -28,7 +28,7 @@ Choices and departures from the paper
 Questions people ask
   Why an MLP?         It ties layers and positions together, which the paper found more stable.
                       Only the prefix is saved (LLaMA-7B: 5.2 million numbers; MLP 137 million).
-  Prefix or prompt?   prompt_tuning.py trains fewer numbers, before the first layer. It is slower.
+  Prefix or prompt?   prompt_tuning.py trains only vectors before layer 0. It learns more slowly.
   What does it cost?  P more keys per query, also at inference. A prefix cannot be merged.
 
 Measured: `python prefix_tuning.py` answers 0 of 100 held-out prompts exactly before training, 100,

@@ -11,7 +11,7 @@ Liu et al. 2021, "GPT Understands, Too" (arXiv 2103.10385), section 3.2:
 
     x     input_ids                (T,)            a document, without its virtual tokens
     E     the model's embedding    (V, d)          frozen, like the whole model
-    e     prompt.embedding         (P, d)          float32, P = --virtual-tokens; v: the same
+    e     prompt.embedding         (P, d)          float32 (like v), P = --virtual-tokens
     LSTM  prompt.lstm_head         two layers, --hidden wide in each direction; MLP prompt.mlp_head
 
 Every document begins with P placeholders (`make_room`), whose embeddings `embed` replaces by v. So

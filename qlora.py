@@ -20,7 +20,7 @@ Three ideas save memory. The first two are functions below and give 4.127 bits p
 
 Choices and departures from the paper
   - bitsandbytes quantises and multiplies (common.py, Linear4bit). `nf4_quantize` returns the same
-    bytes. `double_quantize` returns the nearest code: bitsandbytes' CPU kernel is off by one
+    bytes. `double_quantize` returns the nearest code. bitsandbytes' CPU kernel is off by one
     about once in a thousand. Merging uses the two `*_dequantize` functions. The `*_quantize`
     functions are there to be read.
   - Every linear layer but the output head is quantised and adapted. Embedding, head and norms

@@ -15,7 +15,7 @@ Why a difference of rewards
   People can say which of two answers is better, but not how good one is. Bradley and Terry (1952)
   give every answer a strength exp(r) and let y_w beat y_l with probability
   exp(r_w) / (exp(r_w) + exp(r_l)) = sigmoid(r_w - r_l). L (with m = 0) is the negative
-  log-likelihood of people's choices. Its gradient is - (1 - sigmoid(r_w - r_l)) d(r_w - r_l)/dw, so
+  log-likelihood of people's choices. Its gradient is - (1 - sigmoid(r_w - r_l)) grad(r_w - r_l), so
   a pair in the right order counts little. Adding a constant to all rewards of a prompt does not
   change L: rewards have no zero, and cannot safely be compared between prompts.
 

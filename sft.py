@@ -9,7 +9,7 @@ should write:
     y_t      input_ids      a token of a conversation, written by the model's chat template
     m_t      is_target      1 for the assistant's tokens and its end-of-turn token, else 0
     N        num_targets    the targets (m_t = 1) of the whole step, on all ranks
-    log p    target_logps   (T,) of the T targets of a forward pass, in nats, float32
+    log p    target_logps   (n,) of the n targets of a forward pass, in nats, float32
 
 Masks and packing, a worked example. Two conversations, "Hi" -> "Yo" and "2+2?" -> "4", in one
 forward pass of the bundled model, which has one token for each byte:
