@@ -74,10 +74,10 @@ def test_margin_and_tools_are_read():
 REFUSED = [
     ({"prompt": "Q", "completion": "A", "label": True}, "pairs of answers are needed"),
     ({"prompt": "Q", "chosen": [Q, GOOD], "rejected": [LONG[0], LONG[1], Q, BAD]}, "same turns"),
-    ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "not those of 'prompt'"),
+    ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "differ from those of 'prompt'"),
     ({"prompt": "Q", "messages": [Q, BAD], "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "messages"),
-    ({"chosen": "good", "rejected": "bad"}, "has a prompt"),
-    ({"chosen": [GOOD, Q], "rejected": [GOOD, turn("user", "R")]}, "answers of the assistant"),
+    ({"chosen": "good", "rejected": "bad"}, "needs a prompt"),
+    ({"chosen": [GOOD, Q], "rejected": [GOOD, turn("user", "R")]}, "answers by the assistant"),
     ({"prompt": "Q", **PAIR, "images": ["x.png"]}, "'images' would be ignored"),
     ({"prompt": "Q", "question": "R", **PAIR}, "'question' would be ignored"),
     ({"prompt": "Q", "completion": "good", **PAIR}, "'completion' would be ignored"),

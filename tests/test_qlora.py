@@ -235,7 +235,7 @@ def test_merging_adds_in_float32_and_rounds_once(kind, flags, tmp_path, capsys):
     assert changed == 8
     config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
     assert not hasattr(config, "quantization_config") and config.dtype == torch.bfloat16
-    moved = float(printed.split("logits move by ")[1].split()[0])
+    moved = float(printed.split("logits change by ")[1].split()[0])
     ids = transformers.AutoTokenizer.from_pretrained(TINY)(qlora.__doc__).input_ids[:128]
     args = make_args()
     args.model, args.no_packing, args.gradient_checkpointing = str(tmp_path / "m"), False, 0
