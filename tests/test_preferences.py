@@ -74,7 +74,7 @@ def test_margin_and_tools_are_read():
 REFUSED = [
     ({"prompt": "Q", "completion": "A", "label": True}, "pairs of answers are needed"),
     ({"prompt": "Q", "chosen": [Q, GOOD], "rejected": [LONG[0], LONG[1], Q, BAD]}, "same turns"),
-    ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "differ from those of 'prompt'"),
+    ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "from those of 'prompt'"),
     ({"prompt": "Q", "messages": [Q, BAD], "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "messages"),
     ({"chosen": "good", "rejected": "bad"}, "needs a prompt"),
     ({"chosen": [GOOD, Q], "rejected": [GOOD, turn("user", "R")]}, "answers by the assistant"),
