@@ -274,7 +274,9 @@ def test_warnings_where_batches_do_not_suit_the_data(epochs, limit, warning, fla
     printed = capsys.readouterr().out
     first = f"{7 * epochs} steps of 8 examples ({epochs} epochs of 56), about"
     assert first in printed and printed.count("warning: ") == bool(warning)
-    assert warning is None or f"warning: {warning}" in printed.replace("passes are less than ", "")
+    assert warning is None or f"warning: {warning}" in printed.replace(
+        "forward passes are less than ", ""
+    )
 
 
 def full_logits_nll(model, examples) -> torch.Tensor:
