@@ -9,6 +9,7 @@
     7. Log-probabilities    of target tokens, without all logits in memory
     8. Saving               layers around targets, PEFT adapters, Hugging Face folders
     9. The run              learning rate, answers, metrics, signals, checkpoints
+    10. Chat                a conversation with a model, or answers to lines
 
 Nothing here knows a fine-tuning method: layers, losses and training loops are in the scripts.
 """
@@ -28,6 +29,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -35,7 +37,7 @@ import time
 import types
 import unicodedata
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -69,12 +71,12 @@ class UserError(Exception):
 
 
 def say(text: str) -> None:
-    """Print on rank 0, above the progress bar."""
+    """Print on rank 0, above the progress bar. With --chat, answers alone are on stdout."""
     if RANK == 0:
-        tqdm.write(text)
+        tqdm.write(text, file=sys.stderr if "--chat" in sys.argv else None)
 
 
-def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentParser:
+def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse.ArgumentParser:
     """A parser with the flags of all scripts. doc: the script's docstring."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --model MODEL --data FILE [flags]",
@@ -82,7 +84,7 @@ def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentPar
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(demo=False, merge_only=False, adapter=None)
+    parser.set_defaults(demo=False, merge_only=False, adapter=None, chat=False)
     add = parser.add_argument_group("data").add_argument
     add("--model", help="a folder or a Hub name; without it and --data: a demonstration")
     files = ".jsonl, .json, .csv, .parquet (or .gz) files, folders of them, NAME[@CONFIG][@SPLIT] "
@@ -91,6 +93,8 @@ def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentPar
     add("--eval-data", nargs="+", default=["0.05"], help=held_out)
     add("--max-length", type=int, help="tokens of an example; None: the model's, at most 2048")
     add("--system", metavar="TEXT", help="system turn of conversations that have none")
+    merge = "put the system turn into the user's, and join consecutive turns of one role"
+    add("--merge-system", action="store_true", help=merge)
     add("--template", help="a .jinja file, alpaca or none (joins texts); replaces the model's")
     add("--skip-bad-rows", action="store_true", help="drop rows that cannot be used")
     add("--inspect", action="store_true", help="print the first examples and targets, then exit")
@@ -117,6 +121,12 @@ def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentPar
     add("--samples", type=int, default=2, help="held-out prompts to answer before and after")
     add("--resume", action="store_true", help="continue from the checkpoint in --output, if any")
     add("--overwrite", action="store_true", help="replace the run in --output")
+    if chat:
+        add = parser.add_argument_group("chat").add_argument
+        how = "chat with --model and --adapter; without a terminal, answer each line of stdin"
+        add("--chat", action="store_true", help=how)
+        add("--chat-tokens", type=int, default=512, help="maximum tokens of an answer")
+        add("--chat-temperature", type=float, default=0.0, help="of sampling; 0: greedy")
     return parser
 
 
@@ -131,7 +141,9 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
         raise UserError("--inspect needs --data")
     if args.merge_only and not (args.model and args.adapter):
         raise UserError("--merge-only needs --model (the base) and --adapter")
-    if args.inspect or args.merge_only or args.model and args.data:
+    if args.chat and not args.model:
+        raise UserError("--chat needs --model")
+    if args.inspect or args.merge_only or args.chat or args.model and args.data:
         return args
     if args.model or args.data:
         raise UserError("training needs --model and --data; without both, a demonstration runs")
@@ -501,6 +513,24 @@ def check_written(tokenizer, encoded: list, turns: list[dict], answers: list[int
             raise ValueError(f"the chat template does not write {key!r} {part!r:.40}")
 
 
+def complete_turns(turns: list[dict], settings: dict) -> list[dict]:
+    """With the system turn of --system where there is none, and as --merge-system has them."""
+    if settings["system"] is not None and turns[0]["role"] != "system":
+        turns = [to_message(settings["system"], "system"), *turns]
+    if not settings["merge_system"]:
+        return turns
+    merged = []
+    for turn in turns:
+        turn = turn | {"role": "user"} if turn["role"] == "system" else turn
+        last = merged[-1] if merged else {}
+        if turn["role"] != "tool" and last | {"content": ""} == turn | {"content": ""}:
+            both = filter(None, (last["content"], turn["content"]))
+            merged[-1] = turn | {"content": "\n\n".join(both)}
+        else:
+            merged.append(turn)
+    return merged
+
+
 def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
     """-> documents as (ids, is_target); none where no answer is a target, or one is empty."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
@@ -536,19 +566,16 @@ def make_example(prompt=(), ids=(), marks=(), note: str = "") -> dict:
 def encode_row(row, tokenizer, settings: dict) -> list[dict]:
     """The examples of a row, or one without tokens whose note says why."""
     turns, tools = parse_row(row, settings["prompts_alone"])
-    limit, system, eos = settings["max_length"], settings["system"], tokenizer.eos_token_id
+    limit, eos = settings["max_length"], tokenizer.eos_token_id
     if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
         ids = tokenizer(turns).input_ids if turns.strip() else [eos]
         prompt = ids = ids if ids[-1] == eos else [*ids, eos]
         pieces = [ids[first : first + limit] for first in range(0, len(ids), limit)]
         encoded = [(piece, np.ones(len(piece), dtype=bool)) for piece in pieces]
     else:
-        if system is not None and turns[0]["role"] != "system":
-            turns = [to_message(system, "system"), *turns]
+        turns = complete_turns(turns, settings)
         if settings["prompts_alone"] and turns[-1]["role"] != "assistant":
-            options = {"tokenize": False, "add_generation_prompt": True}
-            text = tokenizer.apply_chat_template(turns, tools=tools, **options)
-            ids = tokenizer(text, add_special_tokens=tokenizer.chat_template == JOINED).input_ids
+            ids = encode_prompt(tokenizer, turns, tools)
             note = "" if len(ids) <= limit else "no target"
             return [make_example(ids, ids, np.zeros(len(ids), dtype=bool), note)]
         encoded = encode_conversation(tokenizer, turns, tools)
@@ -562,6 +589,13 @@ def encode_row(row, tokenizer, settings: dict) -> list[dict]:
         if marks.any():
             examples.append(make_example(prompt, ids[:limit], marks, note))
     return examples or [make_example(note="no target")]
+
+
+def encode_prompt(tokenizer, turns: list[dict], tools=None) -> list[int]:
+    """Turns, and what the template writes before an answer to them."""
+    options = {"tokenize": False, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(turns, tools=tools, **options)
+    return tokenizer(text, add_special_tokens=tokenizer.chat_template == JOINED).input_ids
 
 
 def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
@@ -607,8 +641,7 @@ def share_prompt(encoded: list[tuple], limit: int) -> tuple[list, np.ndarray, li
 def encode_preference(row, tokenizer, settings: dict) -> list[dict]:
     """A prompt with its answers as one example, or one without tokens whose note says why."""
     turns, answers, tools, margin = parse_preference(row)
-    if settings["system"] is not None and turns[0]["role"] != "system":
-        turns = [to_message(settings["system"], "system"), *turns]
+    turns = complete_turns(turns, settings)
     limit, different = settings["max_length"], {}
     encoded = encode_answers(tokenizer, turns, answers, tools, settings["whole"])
     for ids, marks in encoded:
@@ -647,6 +680,9 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
                     examples = encode(row, tokenizer, settings)
                 except Exception as error:  # what can be wrong with a row is open-ended
                     reason = str(error or repr(error)).splitlines()[0]
+                    with suppress(Exception):
+                        encode(row, tokenizer, settings | {"merge_system": True})
+                        reason += " (it can be used with --merge-system)"
                     examples = [make_example(note=f"{place}: {reason}")]
                 for example in examples:
                     yield dict.fromkeys(columns) | example | {"source": number}
@@ -666,12 +702,15 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
 def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     """-> (training examples, held-out examples or None), with the columns of EXAMPLE, or, with
     pairs, of PREFERENCE. whole: see encode_answers. prompts_alone: rows may have no answer."""
+    if args.chat:
+        return None, None
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 10**9
     longest -= getattr(args, "virtual_tokens", 0)  # they take positions
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
+    settings |= {"merge_system": args.merge_system}
     settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
     settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
@@ -933,7 +972,7 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if not args.inspect:
+    if not (args.inspect or args.chat):
         check_output(args)
     cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
@@ -1003,11 +1042,15 @@ def load_model(
     receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
     6 and 7 assume of a model is checked here, by trying.
     """
+    weights = None if args.chat else weights
     if load_in_4bit and (shard or weights):
         raise UserError("a base in 4 bits needs an adapter, and excludes --shard and --offload")
     auto_class, options = transformers.AutoModelForCausalLM, {}
     if method:
         auto_class, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    config = pretrained(transformers.AutoConfig, args.model, **options)
+    if not method and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto_class = transformers.AutoModelForImageTextToText
     method = method or target_logps
     if RANK == 0:
         options |= {"use_safetensors": True, "output_loading_info": True}
@@ -1017,9 +1060,12 @@ def load_model(
             raise UserError(f"--model {args.model}: its files lack the weights {missing[0]}")
         model.to("cpu" if shard or load_in_4bit else device)
     else:
-        config = pretrained(transformers.AutoConfig, args.model, **options)
         with torch.device("meta"):
             model = auto_class.from_config(config, dtype=weights or dtype)
+    if (decoder := language_part(model)) is not model:
+        say("a multimodal model: only its language part trains, on text")
+        model.base_model.requires_grad_(False)
+        decoder.requires_grad_(True)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
@@ -1034,7 +1080,7 @@ def load_model(
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
-    if RANK == 0 and method is target_logps:
+    if RANK == 0 and method is target_logps and not args.chat:
         check_model(model, args, exact=dtype == torch.float32)
     if shard:
         shard_model(model, dtype, device, offload, method.__name__)
@@ -1054,9 +1100,15 @@ def load_model(
     return model.train()
 
 
+def language_part(model):
+    """What text runs through: the decoder of a multimodal model, another model as a whole."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
 def blocks(model) -> list[nn.Module]:
     """The decoder blocks, in order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    modules = language_part(model).modules()
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 
 def shard_model(model, dtype, device, offload: bool, method: str) -> None:
@@ -1107,6 +1159,8 @@ class Linear4bit(nn.Linear):
         return matmul_4bit(x, self.weight, self.state, bias=self.bias)
 
 
+LINEAR = nn.Linear, Linear4bit  # not their other subclasses: routers, say
+
 # Checkpoints have whole tensors of what trains, on rank 0's CPU.
 SAVE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 LOAD = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=RANKS > 1, strict=False)
@@ -1140,6 +1194,8 @@ def lean_mlp(self, x):
 
 
 def lean_forward(module):
+    if len(inspect.signature(module.forward).parameters) != 1:  # norms with a gate
+        return None
     if isinstance(getattr(module, "gate_proj", None), nn.Linear):
         return lean_mlp
     return lean_norm if hasattr(module, "variance_epsilon") else None
@@ -1374,12 +1430,16 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     """-> (names of the linear layers to adapt, the names of all but the output head).
 
     targets: "all-linear"; names with commas between them, each the end of a layer's name; or
-    one regular expression for whole names, as in PEFT. Every name must match.
+    one regular expression for whole names, as in PEFT. Every name must match. Layers outside a
+    multimodal model's language part are never adapted.
     """
-    heads, linear = (model.get_output_embeddings(), getattr(model, "score", None)), nn.Linear
-    layers = [n for n, m in model.named_modules() if isinstance(m, linear) and m not in heads]
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    linear = {n: m for n, m in model.named_modules() if type(m) in LINEAR and m not in heads}
+    inside = set(language_part(model).modules())
+    layers = [name for name, module in linear.items() if module in inside]
     if not layers:
-        raise UserError(f"{type(model).__name__} has no nn.Linear layers (GPT-2's Conv1D is none)")
+        problem = "has no nn.Linear layers (GPT-2's Conv1D is none): full_ft.py trains it"
+        raise UserError(f"{type(model).__name__} {problem}")
     is_regex, chosen = re.search(r"[*+?|()\[\]^$\\]", targets), set()
     for name in [targets] if is_regex else map(str.strip, targets.split(",")):
         if is_regex:
@@ -1390,7 +1450,20 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; the model has {known}")
         chosen.update(found)
-    return [layer for layer in layers if layer in chosen], layers
+    return [layer for layer in layers if layer in chosen], list(linear)
+
+
+def say_unreached(model) -> None:
+    """Name the matrices that are in no linear layer, such as fused experts."""
+    usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
+    known, sizes = set(map(id, usual)), {}
+    for name, p in language_part(model).named_parameters():
+        if p.dim() > 1 and id(p) not in known:
+            name = ".".join(name.split(".")[-2:])
+            sizes[name] = sizes.get(name, 0) + p.numel()
+    if sizes:
+        count = f"{sum(sizes.values()):,} parameters in no nn.Linear"
+        say(f"no adapter reaches {', '.join(sizes)}: {count} (qlora.py keeps them in 16 bits)")
 
 
 def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
@@ -1426,15 +1499,21 @@ def add_adapter(model, args, layer, device) -> dict:
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
     adapted, layers = find_targets(model, targets, flag)
+    say_unreached(model)
     model.requires_grad_(False)
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
+            "target_modules": target_modules(adapted, layers), "bias": "none"}  # fmt: skip
+
+
+def target_modules(adapted: list[str], layers: list[str]) -> list[str]:
+    """Layers as in PEFT's config: by the last part of their names, if no other layer has it."""
     short = {name.rpartition(".")[2] for name in adapted}
     unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
+    return sorted(short if unique else adapted)
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
@@ -1521,6 +1600,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
+    say_how_to_chat(args, model, "--model", args.model, "--adapter", args.output)
 
 
 def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = None) -> None:
@@ -1547,6 +1627,10 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
         text["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
         tokenizer.save_pretrained(folder)
+        for kind in ("preprocessor", "processor", "video_preprocessor"):  # of a multimodal model
+            with suppress(OSError):
+                found = transformers.utils.cached_file(args.model, f"{kind}_config.json")
+                shutil.copy(found, folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
@@ -1554,6 +1638,16 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
 
     write_result(Path(args.output), write)
     say(f"the model is in {args.output}")
+    say_how_to_chat(args, model, "--model", args.output)
+
+
+def say_how_to_chat(args, model, *words: str) -> None:
+    """The command for the result of a training run."""
+    for name in ("template", "system"):
+        words += (f"--{name}", getattr(args, name)) if getattr(args, name) else ()
+    words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
+    if model.can_generate() and not args.merge_only:
+        say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -1672,9 +1766,10 @@ def generate(model, tokenizer, prompts: list[list[int]], device, **settings) -> 
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
-def generate_ids(model, tokenizer, prompts: list, device, **settings) -> list[list[int]]:
+def generate_ids(model, tokenizer, prompts: list, device, streamer=None, **settings) -> list:
     """Answers to prompts, both token ids, in one left-padded batch. An answer ends with its first
-    stop token, or is cut off. settings: of GenerationConfig, greedy and 128 tokens by default."""
+    stop token, or is cut off. settings: of GenerationConfig, greedy and 128 tokens by default.
+    streamer: transformers', of a single answer."""
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -1683,7 +1778,8 @@ def generate_ids(model, tokenizer, prompts: list, device, **settings) -> list[li
     config = transformers.GenerationConfig(**settings, pad_token_id=pad, eos_token_id=stop)
     options = {"generation_config": config, "synced_gpus": isinstance(model, fsdp.FSDPModule)}
     with evaluating(model), own_attention(model):
-        rows = model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:].tolist()
+        rows = model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
+        rows = rows[:, width:].tolist()
     ends = [next((n + 1 for n, token in enumerate(row) if token in stop), None) for row in rows]
     return [row[:end] for row, end in zip(rows, ends)]
 
@@ -1692,7 +1788,8 @@ class Log:
     """The progress bar, metrics.jsonl and signals.
 
     metrics.jsonl has a line for the run, one for every step and evaluation, and a last one
-    {"done": true}. `write` is where TensorBoard or W&B would be called.
+    {"done": true}. A tracker is a line in `write`: wandb.log(entry, step=entry.get("step")), or
+    TensorBoard's add_scalar(key, value, entry["step"]) for every number of an entry.
     """
 
     READ_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits
@@ -1809,7 +1906,7 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
 # Flags that may change with --resume: they change neither the examples of a step nor its update.
 FREE = """model data eval_data skip_bad_rows inspect output patience micro_batch_tokens no_packing
 gradient_checkpointing eval_every save_every samples resume overwrite demo merge_only shard
-offload""".split()
+offload chat chat_tokens chat_temperature""".split()
 
 
 def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
@@ -1862,3 +1959,43 @@ def exit_stopped(step: int, kind: int) -> None:
     """After the checkpoint that a signal asked for: exit with 130 (SIGINT) or 143 (SIGTERM)."""
     say(f"stopped by a signal after step {step}: --resume continues from here")
     sys.exit(128 + kind)
+
+
+# --------------------------------------------------------------------------------- 10. Chat
+
+
+def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
+    """A conversation in the terminal. Where standard input is no terminal, answers to its lines,
+    one prompt each: JSON rows {"prompt", "completion"}, in order, 32 at a time. placeholders: ids
+    that come before every prompt."""
+    settings = {"max_new_tokens": args.chat_tokens}
+    if args.chat_temperature:
+        settings |= {"do_sample": True, "temperature": args.chat_temperature}
+    system = [] if args.system is None else [to_message(args.system, "system")]
+
+    def answer(conversations: list, streamer=None) -> list[str]:
+        ids = [[*placeholders, *encode_prompt(tokenizer, turns)] for turns in conversations]
+        return generate(model, tokenizer, ids, device, streamer=streamer, **settings)
+
+    if not sys.stdin.isatty():
+        prompts = (line.strip() for line in sys.stdin if line.strip())
+        while batch := list(itertools.islice(prompts, 32)):
+            texts = answer([[*system, to_message(prompt, "user")] for prompt in batch])
+            for prompt, text in zip(batch, texts):
+                row = {"prompt": prompt, "completion": text}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    import readline  # noqa: F401 (arrow keys and a history in input)
+
+    say("An empty line starts a new conversation; Ctrl-D ends.")
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    turns = [*system]
+    try:
+        while True:
+            if prompt := input("> ").strip():
+                turns.append(to_message(prompt, "user"))
+                turns.append(to_message(*answer([turns], streamer), "assistant"))
+            else:
+                turns = [*system]
+    except (EOFError, KeyboardInterrupt):
+        print()

@@ -54,6 +54,7 @@ Measured: `python full_ft.py` answers 0 of 100 held-out prompts exactly before t
 
     python full_ft.py                                           # the bundled model learns a task
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
+    python full_ft.py --model runs/full_ft --chat
     torchrun --nproc-per-node 8 full_ft.py --model BASE --data train.jsonl --gradient-checkpointing
 """
 
@@ -69,7 +70,7 @@ import common
 
 def freeze_others(model, pattern: str, dtype: torch.dtype, sharded: bool) -> None:
     """Freeze the parameters whose names do not match the pattern. They need no masters."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(re.search(pattern, name) for name in parameters):
         kinds = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in parameters}))
         raise common.UserError(f"--train {pattern} matches no parameter. Names end with {kinds}")
@@ -127,6 +128,8 @@ def train(args) -> None:
         check_one_pass(train_set, common.plan_steps(train_set, args), args)
     dtype, masters = (torch.bfloat16,) * 2 if args.pure_bfloat16 else (dtype, torch.float32)
     model = common.load_model(args, dtype, device, masters, shard=sharded, offload=args.offload)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     if args.train:
         freeze_others(model, args.train, dtype, sharded)
     names, parameters = zip(*[x for x in model.named_parameters() if x[1].requires_grad])
@@ -156,7 +159,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
