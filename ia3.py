@@ -25,7 +25,6 @@ Choices and departures from the paper
 
 Questions people ask
   Why ones?       Then y = W x + b, and training starts from exactly the base model.
-  Why these?      The paper found that scaling other activations was not necessary.
   Merge?          --merge-only scales rows or columns of W: no cost at inference.
   Other names?    A layer that computes queries, keys and values at once (Phi-3's qkv_proj) can
                   only be scaled whole. Experts without linear layers: --feedforward-targets ''.
@@ -104,6 +103,8 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device)
     config = add_scales(model, args, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
 
@@ -229,8 +230,7 @@ def main(argv=None) -> None:
     where = "layers whose inputs are scaled; '': none"
     add("--feedforward-targets", metavar="TARGETS", default="down_proj", help=where)
     add("--adapter", metavar="FOLDER", help="start from it, ours or PEFT's, with its targets")
-    merge = "add --adapter to --model, save the merged model in --output, and exit"
-    add("--merge-only", action="store_true", help=merge)
+    add("--merge-only", action="store_true", help="save --model with --adapter merged, and exit")
     args = common.parse_args(parser, argv, demo={"lr": 0.3, "epochs": 20.0})
     merge_adapter(args) if args.merge_only else train(args)
 

@@ -85,6 +85,7 @@ def user(text: str) -> dict:
 TUNED = {
     "lora": [],
     "dora": [],
+    "ia3": ["--lr", "0.1"],
     "sft": ["--lora-rank", "4"],
     "dpo": ["--lora-rank", "4"],
     "prefix_tuning": ["--virtual-tokens", "5"],
