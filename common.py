@@ -95,22 +95,22 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--system", metavar="TEXT", help="system turn of conversations that have none")
     merge = "put the system turn into the user's, and join consecutive turns of one role"
     add("--merge-system", action="store_true", help=merge)
-    add("--template", help="a .jinja file, alpaca or none (strings joined); None: the model's own")
+    add("--template", help="a .jinja file, alpaca or none (joins texts); replaces the model's")
     add("--skip-bad-rows", action="store_true", help="drop rows that cannot be used")
-    add("--inspect", action="store_true", help="print the first examples with their targets, exit")
+    add("--inspect", action="store_true", help="print the first examples and targets, then exit")
     add = parser.add_argument_group("training").add_argument
-    add("--output", default=output, help="folder of the result, metrics.jsonl and checkpoint/")
-    add("--epochs", type=float, default=3.0, help="passes over the data")
+    add("--output", default=output, help="folder for the result, metrics.jsonl and checkpoint/")
+    add("--epochs", type=float, default=3.0, help="times to go through the data")
     add("--max-steps", type=int, help="optimizer steps; overrides --epochs")
-    add("--batch-size", type=int, default=16, help="examples of an optimizer step, over all GPUs")
+    add("--batch-size", type=int, default=16, help="examples (PPO: answers) per step, on all GPUs")
     add("--lr", type=float, default=lr, help="peak learning rate")
-    add("--warmup-ratio", type=float, default=0.03, help="share of steps before the peak")
+    add("--warmup-ratio", type=float, default=0.03, help="share of steps before the peak rate")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, on matrices only")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; 0: do not")
-    add("--seed", type=int, default=0, help="of initial values, data order and held-out rows")
+    add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm; 0: never")
+    add("--seed", type=int, default=0, help="for initial values, data order, held-out rows")
     add("--patience", type=int, default=0, help="stop after N evaluations without a lower loss")
     add = parser.add_argument_group("memory").add_argument
-    add("--micro-batch-tokens", type=int, default=4096, help="tokens of a forward pass on a GPU")
+    add("--micro-batch-tokens", type=int, default=4096, help="maximum in a forward pass on a GPU")
     add("--no-packing", action="store_true", help="pad examples instead of packing them")
     again = {"nargs": "?", "const": 10**6, "help": "recompute the activations of N blocks (or all)"}
     add("--gradient-checkpointing", type=int, default=0, metavar="N", **again)
@@ -120,12 +120,12 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--save-every", type=int, default=100, help="steps between checkpoints")
     add("--samples", type=int, default=2, help="held-out prompts to answer before and after")
     add("--resume", action="store_true", help="continue from the checkpoint in --output, if any")
-    add("--overwrite", action="store_true", help="replace what --output holds")
+    add("--overwrite", action="store_true", help="replace the run in --output")
     if chat:
         add = parser.add_argument_group("chat").add_argument
-        how = "talk with --model and --adapter; without a terminal, answer each line of stdin"
+        how = "chat with --model and --adapter; without a terminal, answer each line of stdin"
         add("--chat", action="store_true", help=how)
-        add("--chat-tokens", type=int, default=512, help="the most tokens of an answer")
+        add("--chat-tokens", type=int, default=512, help="maximum tokens of an answer")
         add("--chat-temperature", type=float, default=0.0, help="of sampling; 0: greedy")
     return parser
 
@@ -140,7 +140,7 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
     if args.inspect and not args.data:
         raise UserError("--inspect needs --data")
     if args.merge_only and not (args.model and args.adapter):
-        raise UserError("--merge-only needs --model, the base, and --adapter")
+        raise UserError("--merge-only needs --model (the base) and --adapter")
     if args.chat and not args.model:
         raise UserError("--chat needs --model")
     if args.inspect or args.merge_only or args.chat or args.model and args.data:
@@ -199,12 +199,12 @@ def open_source(name: str):
             digests.append((str(file), digest))
         return digests, (row for file in files for row in read_file(file))
     if path.exists() or suffix_of(path) in SUFFIXES or name[:1] in "./~":
-        raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file or folder of them")
+        raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file, or folder of such files")
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
     try:
         table = datasets.load_dataset(hub, config, split=split)
     except Exception as error:  # no network, no such name, no such split
-        problem = f"no such file, and not loaded from the Hub: {str(error).splitlines()[0]}"
+        problem = f"no such file, and loading from the Hub failed: {str(error).splitlines()[0]}"
         raise UserError(f"--data {name}: {problem}") from error
     rows = ((f"{name}: row {n}", drop_nulls(row)) for n, row in enumerate(table, 1))
     return table._fingerprint, rows
@@ -261,7 +261,7 @@ EMPTY = (None, "", [], {})
 
 def check_unused(left: dict, fields) -> None:
     if unused := [key for key in fields if left.get(key) not in EMPTY]:
-        raise ValueError(f"field {unused[0]!r} has a meaning, and is not used here")
+        raise ValueError(f"field {unused[0]!r} would be ignored. Rename or remove it")
 
 
 def to_message(message, role: str | None = None) -> dict:
@@ -394,11 +394,11 @@ def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
     field = next((key for key in (*PROMPTS, *LAYOUTS[0]) if key in left), None)
     prompt, context = take_prompt(left, field) if field else [], answers[0][:-1]
     if any(answer[:-1] != context for answer in answers):
-        raise ValueError("the answers do not have the same turns before their last one")
+        raise ValueError("the answers must have the same turns before their last one")
     if prompt and context and context[-len(prompt) :] != prompt:
-        raise ValueError(f"the turns before the answers are not those of {field!r}")
+        raise ValueError(f"the turns before the answers differ from those of {field!r}")
     if not (context or prompt) or any(answer[-1]["role"] != "assistant" for answer in answers):
-        raise ValueError("a preference has a prompt, and answers of the assistant")
+        raise ValueError("a preference needs a prompt and answers by the assistant")
     turns, tools = take_system_and_tools(left, context or prompt)
     margin = left.pop("margin", None) or 0.0
     if not isinstance(margin, int | float) or not math.isfinite(margin):
@@ -475,14 +475,14 @@ def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> l
         if not text.startswith(prompt):  # the generation prompt may open a thinking block
             start = len(os.path.commonprefix([prompt, text]))
             if not text.startswith(render(turns[:i])):
-                raise ValueError("the chat template changes the prompt once its answer follows")
+                raise ValueError("the chat template changes the prompt when the answer is added")
         span = start, end_of_turn(tokenizer, text, start)
         text, spans = text[: span[1]], [span]
         if texts and text.startswith(texts[-1][0]):
             spans = texts.pop()[1] + spans
         texts.append((text, spans))
         if len(texts) > 64:  # each repeats all turns before it
-            raise ValueError("the chat template rewrites earlier turns: at most 64 answers a row")
+            raise ValueError("the chat template rewrites earlier turns: at most 64 answers per row")
     return texts
 
 
@@ -541,7 +541,7 @@ def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
     """-> documents as (ids, is_target); none where no answer is a target, or one is empty."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
     if any(turns[i].get("weight") not in (None, 0, 1) for i in answers):
-        raise ValueError("the weight of a message is 0 (context) or 1 (target)")
+        raise ValueError("the weight of a message must be 0 (context) or 1 (target)")
     answers = [i for i in answers if turns[i].get("weight") != 0]
     empty = [i for i in answers if not any(plain(turns[i].get(key) or "") for key in SAID)]
     if not answers or empty:
@@ -607,8 +607,8 @@ def encode_prompt(tokenizer, turns: list[dict], tools=None) -> list[int]:
 def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
     if max(ids) >= settings["vocab_size"]:
         token = tokenizer.convert_ids_to_tokens(max(ids))
-        problem = f"token {token!r} is beyond the model's {settings['vocab_size']} embeddings"
-        raise ValueError(f"{problem}: lora.py and sft.py add new ones")
+        problem = f"token {token!r} is outside the vocabulary of {settings['vocab_size']}"
+        raise ValueError(f"{problem}: lora.py and sft.py can add tokens")
 
 
 PREFERENCE = EXAMPLE | {  # the columns of a data set of prompts, each with its answers
@@ -944,14 +944,14 @@ def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None
     tokens = sum(len(x) for ids in sample for x in ids) / max(1, passes)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     length = f" ({args.epochs:g} epochs of {len(train_set):,})" if args.max_steps is None else ""
-    say(f"{len(steps):,} steps of {args.batch_size} examples{length}, about {tokens:,.0f} tokens a "
-        f"pass, {where}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
+    say(f"{len(steps):,} steps of {args.batch_size} examples{length}, about {tokens:,.0f} tokens "
+        f"per forward pass, {where}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
     if args.demo or args.max_steps is not None:
         return
     if len(steps) < 30:
-        say("warning: few steps: try a smaller --batch-size, more --epochs or a higher --lr")
+        say("warning: few steps. Try a smaller --batch-size, more --epochs or a higher --lr")
     elif tokens < args.micro_batch_tokens / 2:
-        say("warning: passes are less than half full: a larger --batch-size may be faster")
+        say("warning: forward passes are less than half full. A larger --batch-size may be faster")
 
 
 def inspect_examples(train_set, tokenizer, count: int = 3) -> None:
@@ -1034,7 +1034,7 @@ def pretrained(auto_class, name: str, **options):
         raise
     except Exception as error:  # a broken folder fails in many ways
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        where = "" if Path(name).is_dir() else "no such folder, and not loaded from the Hub: "
+        where = "" if Path(name).is_dir() else "no such folder, and loading from the Hub failed: "
         raise UserError(f"--model {name}: {where}{reason}") from error
 
 
@@ -1053,7 +1053,7 @@ def load_model(
     """
     weights = None if args.chat else weights
     if load_in_4bit and (shard or weights):
-        raise UserError("a base in 4 bits needs an adapter, and every rank has a copy: no --shard")
+        raise UserError("a base in 4 bits needs an adapter, and excludes --shard and --offload")
     auto_class, options = transformers.AutoModelForCausalLM, {}
     if method:
         auto_class, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
@@ -1066,7 +1066,7 @@ def load_model(
         model, info = pretrained(auto_class, args.model, dtype=weights or dtype, **options)
         # transformers would make them random
         if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
-            raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
+            raise UserError(f"--model {args.model}: its files lack the weights {missing[0]}")
         model.to("cpu" if shard or load_in_4bit else device)
     else:
         with torch.device("meta"):
@@ -1245,7 +1245,7 @@ def check_model(model, args, exact: bool) -> None:
         difference, size = (x.abs().mean() for x in (found - torch.cat(expected), found))
         if difference <= (1e-5 if exact else 0.02) * size:
             return
-        problem += f"log-probabilities are {difference:.3g} nats from the model's own"
+        problem += f"log-probabilities differ by {difference:.3g} nats from the model's own"
     except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
         problem += str(error)
     raise UserError(problem + ("" if args.no_packing else "; --no-packing may help"))
@@ -1270,7 +1270,7 @@ def stretch_attention(
     unknown -= {"position_ids", "use_cache", "cache_position", "output_attentions"}
     wrong = attention_mask is not None or stretches is None or not getattr(module, "is_causal", 1)
     if unknown or wrong:
-        raise NotImplementedError(f"packed attention does not know {unknown or 'this mask'}")
+        raise NotImplementedError(f"packed attention does not support {unknown or 'this mask'}")
     if torch.is_autocast_enabled(query.device.type):  # rotary embedding made float32 of them
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -1459,7 +1459,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             found = [x for x in layers if name == "all-linear" or f".{x}".endswith(f".{name}")]
         if not found:
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
-            raise UserError(f"{flag}: {name!r} matches no linear layer; there are {known}")
+            raise UserError(f"{flag}: {name!r} matches no linear layer; the model has {known}")
         chosen.update(found)
     return [layer for layer in layers if layer in chosen], list(linear)
 
@@ -1480,12 +1480,12 @@ def say_unreached(model) -> None:
 def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
-    zero = "; 0 trains every parameter" if prefix else ""
+    zero = "; 0: train all parameters" if prefix else ""
     add(f"--{prefix}rank", dest="rank", type=int, default=rank, help=f"rank of the update{zero}")
     scale = "the update is scaled by alpha / rank"
     add(f"--{prefix}alpha", dest="alpha", type=float, default=32.0, help=scale)
-    add(f"--{prefix}dropout", dest="dropout", type=float, default=0.0, help="on the update's input")
-    where = "layers to adapt: all-linear (but the head), q_proj,v_proj or a regular expression"
+    add(f"--{prefix}dropout", dest="dropout", type=float, default=0.0, help="of the update's input")
+    where = "layers to adapt: all-linear (not the head), q_proj,v_proj or a regular expression"
     add("--targets", default="all-linear", help=where)
     start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
     add("--adapter", metavar="FOLDER", help=start)
@@ -1493,7 +1493,7 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
         new = "tokens to add, whose embeddings train; special if the chat template writes them"
         add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
-        part = "under torchrun, each rank has a part of the weights"
+        part = "under torchrun, split the weights over the ranks"
         add("--shard", action="store_true", help=part)
     if not prefix:
         merge = "add --adapter to --model, save the merged model in --output, and exit"
@@ -1640,10 +1640,10 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
         unread.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
     if unread:
-        raise UserError(f"--adapter {folder} has {unread[0]}, unknown to this script")
+        raise UserError(f"--adapter {folder} has {unread[0]}, which this script does not support")
     base = metadata.get("base_fingerprint")
     if base is None:
-        say(f"{folder} names no base fingerprint: assuming that it belongs to this model")
+        say(f"{folder} has no base fingerprint: assuming that --model is its base")
     elif base != fingerprint(model):
         name = config.get("base_model_name_or_path")
         raise UserError(f"--adapter {folder} was trained on another base: {name}")
@@ -1770,7 +1770,7 @@ def check_output(args) -> None:
     """Refuse an --output that holds an unfinished run or a result, unless told to go on."""
     output, metrics = Path(args.output), Path(args.output) / "metrics.jsonl"
     if output.resolve() in [Path(name).resolve() for name in (args.model, args.adapter) if name]:
-        raise UserError(f"--output {output} is what this run reads: choose another")
+        raise UserError(f"--output {output} is what this run reads: choose another folder")
     done = metrics.exists() and '{"done": true' in metrics.read_text(encoding="utf-8")
     unfinished = checkpoints(args) or metrics.exists() and not done
     if args.overwrite or args.resume and unfinished:
@@ -1803,7 +1803,7 @@ def sum_gradients(model) -> None:
     fail if a trainable parameter got none."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if lost := [name for name, p in trained.items() if p.grad is None]:
-        raise UserError(f"{len(lost)} trainable parameters get no gradient, {lost[0]} first")
+        raise UserError(f"{len(lost)} trainable parameters get no gradient, among them {lost[0]}")
     gradients = [p.grad for p in trained.values() if not isinstance(p, DTensor)]
     if RANKS > 1 and gradients:
         flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -2003,12 +2003,12 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
         except Exception as error:  # a damaged file fails in many ways
             damaged = repr(error)
         if damaged:
-            raise UserError(f"{path} is damaged ({damaged:.60}): --overwrite starts anew")
+            raise UserError(f"{path} is damaged ({damaged:.60}): --overwrite starts over")
     run = share(content["run"])
     for key, now in fixed.items():
         if run["fixed"].get(key) != now:
             was = f", {now}, was {run['fixed'].get(key)}" if key[0] == "-" else ""
-            way_out = "To go on with other settings: --adapter OLD (or --model OLD) --output NEW"
+            way_out = "To continue with other settings: --adapter OLD (or --model OLD) --output NEW"
             raise UserError(f"--resume: {key} differs from the stopped run's{was}. {way_out}")
     dcp.set_model_state_dict(model, content["model"], options=LOAD)
     dcp.set_optimizer_state_dict(model, optimizers, content["optimizer"], options=LOAD)

@@ -650,7 +650,7 @@ def test_an_adapter_is_no_model(start, tmp_path):
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "nosuchfolder", "someone/nosuchmodel"])
 def test_a_mistyped_or_unreachable_name_is_refused(name, start):
-    assert start(name).startswith(f"--model {name}: no such folder, and not loaded from the Hub")
+    assert start(name).startswith(f"--model {name}: no such folder, and loading from the Hub")
 
 
 @pytest.mark.parametrize("version, old", [("2.10.1", True), ("2.9.0+cu128", True),

@@ -257,7 +257,7 @@ def test_out_of_memory_says_what_to_try(script, monkeypatch, capsys):
 def test_the_first_line_of_a_run(flags, tmp_path, capsys):
     lora.main(flags("run"))
     printed = capsys.readouterr().out
-    first = r"^12 steps of 8 examples, about ([\d,]+) tokens a pass, cpu, float32$"
+    first = r"^12 steps of 8 examples, about ([\d,]+) tokens per forward pass, cpu, float32$"
     tokens = int(re.search(first, printed, re.MULTILINE)[1])
     assert tokens == pytest.approx(read_metrics(tmp_path / "run")[-1]["tokens"] / 12, abs=0.51)
     assert "warning: " not in printed  # --max-steps was asked for
@@ -275,7 +275,9 @@ def test_warnings_where_batches_do_not_suit_the_data(epochs, limit, warning, fla
     printed = capsys.readouterr().out
     first = f"{7 * epochs} steps of 8 examples ({epochs} epochs of 56), about"
     assert first in printed and printed.count("warning: ") == bool(warning)
-    assert warning is None or f"warning: {warning}" in printed.replace("passes are less than ", "")
+    assert warning is None or f"warning: {warning}" in printed.replace(
+        "forward passes are less than ", ""
+    )
 
 
 def full_logits_nll(model, examples) -> torch.Tensor:
@@ -617,7 +619,7 @@ def test_patience_stops_and_keeps_the_weights_of_the_lowest_held_out_loss(
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     best = min(losses, key=losses.get)
     assert best > 0 and lines[-1]["step"] == best + 6 < 60 and lines[-1]["done"]
-    assert f"taking the weights of step {best}" in capsys.readouterr().out
+    assert f"using the weights of step {best}" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoint").exists()
     run_killed(monkeypatch, sft, flags("again", *more, "--save-every", best), best + 1)
     again = torch.load(tmp_path / "again" / "checkpoint" / f"step-{best:08d}.pt", weights_only=True)
