@@ -1518,6 +1518,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         tokenizer.save_pretrained(folder)
+        add_old_names(folder)
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
@@ -1547,6 +1548,7 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
         text["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
         tokenizer.save_pretrained(folder)
+        add_old_names(folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
@@ -1554,6 +1556,29 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
 
     write_result(Path(args.output), write)
     say(f"the model is in {args.output}")
+
+
+def add_old_names(folder: Path) -> None:
+    """Settings that transformers 5 has renamed, also under the names that 4 reads. It would not
+    know the tokenizer's class, and silently take its default rope_theta."""
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        for part in (config, config.get("text_config") or {}):
+            rope = dict(part.get("rope_parameters") or {})
+            if "full_attention" in rope:  # Gemma 3
+                part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+                rope = dict(rope["full_attention"])
+            top = {"rope_theta", "partial_rotary_factor"} & rope.keys()
+            part |= {key: rope.pop(key) for key in top}
+            if (kind := rope.pop("rope_type", "default")) != "default":
+                name = "type" if kind == "longrope" else "rope_type"
+                more = {key: x for key, x in rope.items() if key != "type" and key not in part}
+                part["rope_scaling"] = {name: kind} | more
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def results_in(folder: Path) -> list[Path]:
