@@ -1281,6 +1281,13 @@ def own_attention(model):
 LOGITS_AT_ONCE = 2**25  # elements of a chunk: 128 MiB in float32
 
 
+def chunk_size(weight, trains: bool = False) -> int:
+    """Positions of a chunk, a multiple of 128 for the GPU's products. If W trains, at least d / 4:
+    each chunk reads and writes the V d numbers of its gradient."""
+    size = max(1, LOGITS_AT_ONCE // len(weight), weight.shape[1] // 4 if trains else 0)
+    return size // 128 * 128 or size
+
+
 def chunk_logps(hidden, weight, bias, targets, with_slope: bool):
     """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and onehot - softmax(z) (C, V),
     which overwrites the logits, or None."""
@@ -1299,7 +1306,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         learns, trains = ctx.needs_input_grad[:2]
-        with_rows, size = learns and not trains, max(1, LOGITS_AT_ONCE // len(weight))
+        with_rows, size = learns and not trains, chunk_size(weight, trains)
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
         for n in range(0, len(hidden), size):
@@ -1317,7 +1324,7 @@ class LinearLogps(torch.autograd.Function):
             (rows,) = ctx.saved_tensors
             return rows * grad[:, None].to(rows.dtype), None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, size = torch.empty_like(hidden), max(1, LOGITS_AT_ONCE // len(weight))
+        grad_hidden, size = torch.empty_like(hidden), chunk_size(weight, trains=True)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for n in range(0, len(hidden), size):
             part = slice(n, n + size)
@@ -1340,7 +1347,7 @@ def linear_logps(hidden, weight, bias, targets, softcap=None):
     hidden (N, d), weight (V, d), bias (V,) or None."""
     if not softcap and (bias is None or not bias.requires_grad):
         return LinearLogps.apply(hidden, weight, bias, targets)
-    size = max(1, LOGITS_AT_ONCE // len(weight))
+    size = chunk_size(weight, weight.requires_grad)
     chunks = zip(hidden.split(size), targets.split(size))
     again = functools.partial(checkpoint, capped_logps, use_reentrant=False)
     return torch.cat([again(h, weight, bias, t, softcap) for h, t in chunks])
@@ -1859,6 +1866,11 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
             raise UserError(f"--resume: {key} differs from the stopped run's{was}. {way_out}")
     dcp.set_model_state_dict(model, content["model"], options=LOAD)
     dcp.set_optimizer_state_dict(model, optimizers, content["optimizer"], options=LOAD)
+    for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+        for p, state in optimizer.state.items() if getattr(optimizer, "is_paged", False) else ():
+            for key in {"state1", "state2"} & state.keys():  # bitsandbytes': now not paged
+                buffer = optimizer.get_state_buffer(p, state[key].dtype)
+                state[key] = buffer.copy_(state[key])
     return run
 
 
