@@ -1348,6 +1348,13 @@ def own_attention(model):
 LOGITS_AT_ONCE = 2**25  # elements of a chunk: 128 MiB in float32
 
 
+def chunk_size(weight, trains: bool = False) -> int:
+    """Positions of a chunk, a multiple of 128 for the GPU's products. If W trains, at least d / 4:
+    each chunk reads and writes the V d numbers of its gradient."""
+    size = max(1, LOGITS_AT_ONCE // len(weight), weight.shape[1] // 4 if trains else 0)
+    return size // 128 * 128 or size
+
+
 def chunk_logps(hidden, weight, bias, targets, with_slope: bool):
     """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and onehot - softmax(z) (C, V),
     which overwrites the logits, or None."""
@@ -1366,7 +1373,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         learns, trains = ctx.needs_input_grad[:2]
-        with_rows, size = learns and not trains, max(1, LOGITS_AT_ONCE // len(weight))
+        with_rows, size = learns and not trains, chunk_size(weight, trains)
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
         for n in range(0, len(hidden), size):
@@ -1384,7 +1391,7 @@ class LinearLogps(torch.autograd.Function):
             (rows,) = ctx.saved_tensors
             return rows * grad[:, None].to(rows.dtype), None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, size = torch.empty_like(hidden), max(1, LOGITS_AT_ONCE // len(weight))
+        grad_hidden, size = torch.empty_like(hidden), chunk_size(weight, trains=True)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for n in range(0, len(hidden), size):
             part = slice(n, n + size)
@@ -1407,7 +1414,7 @@ def linear_logps(hidden, weight, bias, targets, softcap=None):
     hidden (N, d), weight (V, d), bias (V,) or None."""
     if not softcap and (bias is None or not bias.requires_grad):
         return LinearLogps.apply(hidden, weight, bias, targets)
-    size = max(1, LOGITS_AT_ONCE // len(weight))
+    size = chunk_size(weight, weight.requires_grad)
     chunks = zip(hidden.split(size), targets.split(size))
     again = functools.partial(checkpoint, capped_logps, use_reentrant=False)
     return torch.cat([again(h, weight, bias, t, softcap) for h, t in chunks])
@@ -1684,6 +1691,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         save_tokenizer(model, tokenizer, folder)
+        add_old_names(folder)
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
@@ -1711,6 +1719,7 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
             with suppress(OSError):
                 found = transformers.utils.cached_file(args.model, f"{kind}_config.json")
                 shutil.copy(found, folder)
+        add_old_names(folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
@@ -1728,6 +1737,29 @@ def say_how_to_chat(args, model, *words: str) -> None:
     words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
     if model.can_generate() and not args.merge_only:
         say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
+
+
+def add_old_names(folder: Path) -> None:
+    """Settings that transformers 5 has renamed, also under the names that 4 reads. It would not
+    know the tokenizer's class, and silently take its default rope_theta."""
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        for part in (config, config.get("text_config") or {}):
+            rope = dict(part.get("rope_parameters") or {})
+            if "full_attention" in rope:  # Gemma 3
+                part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+                rope = dict(rope["full_attention"])
+            top = {"rope_theta", "partial_rotary_factor"} & rope.keys()
+            part |= {key: rope.pop(key) for key in top}
+            if (kind := rope.pop("rope_type", "default")) != "default":
+                name = "type" if kind == "longrope" else "rope_type"
+                more = {key: x for key, x in rope.items() if key != "type" and key not in part}
+                part["rope_scaling"] = {name: kind} | more
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -2012,6 +2044,11 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
             raise UserError(f"--resume: {key} differs from the stopped run's{was}. {way_out}")
     dcp.set_model_state_dict(model, content["model"], options=LOAD)
     dcp.set_optimizer_state_dict(model, optimizers, content["optimizer"], options=LOAD)
+    for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+        for p, state in optimizer.state.items() if getattr(optimizer, "is_paged", False) else ():
+            for key in {"state1", "state2"} & state.keys():  # bitsandbytes': now not paged
+                buffer = optimizer.get_state_buffer(p, state[key].dtype)
+                state[key] = buffer.copy_(state[key])
     return run
 
 

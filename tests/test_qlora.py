@@ -3,6 +3,7 @@ transformers quantised."""
 
 import math
 
+import bitsandbytes
 import bitsandbytes.functional as reference
 import peft
 import pytest
@@ -270,6 +271,29 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(optimizer, flags, tmp_p
     assert whole == parts and sum(loss is not None for loss, *_ in whole) == 6
     a, b = (load_file(tmp_path / x / "adapter_model.safetensors") for x in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resumed_states_are_paged_again(flags, tmp_path, monkeypatch):
+    """On a GPU, get_state_buffer gives memory that can move to the host; here, one with a mark."""
+
+    def get_state_buffer(optimizer, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        buffer.is_marked = True
+        return buffer
+
+    paged, read = [], common.read_checkpoint
+
+    def read_checkpoint(args, name, model, optimizer, fixed):
+        found = read(args, name, model, optimizer, fixed)
+        for state in optimizer.state.values():
+            paged.extend(hasattr(state[key], "is_marked") for key in ("state1", "state2"))
+        return found
+
+    monkeypatch.setattr(bitsandbytes.optim.PagedAdamW8bit, "get_state_buffer", get_state_buffer)
+    monkeypatch.setattr(common, "read_checkpoint", read_checkpoint)
+    run("qlora", flags("run", "--optimizer", "paged_adamw8bit"), stop=3)
+    run("qlora", flags("run", "--optimizer", "paged_adamw8bit", "--resume"))
+    assert len(paged) > 8 and all(paged)
 
 
 def test_as_a_user_runs_it(tmp_path):
