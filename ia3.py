@@ -1,5 +1,4 @@
-"""(IA)^3: train vectors that scale each block's keys, values and inner MLP activations. The model
-itself is frozen, and the vectors can be merged into its weights.
+"""(IA)^3: train vectors that scale each block's keys, values and inner MLP activations.
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning" (arXiv 2205.05638), section 3.3:
@@ -227,8 +226,7 @@ def main(argv=None) -> None:
     add = parser.add_argument_group("(IA)^3").add_argument
     where = "layers whose outputs are scaled: names or a regular expression"
     add("--targets", default="k_proj,v_proj", help=where)
-    where = "layers whose inputs are scaled; '': none"
-    add("--feedforward-targets", metavar="TARGETS", default="down_proj", help=where)
+    add("--feedforward-targets", default="down_proj", help="layers with scaled inputs; '': none")
     add("--adapter", metavar="FOLDER", help="start from it, ours or PEFT's, with its targets")
     add("--merge-only", action="store_true", help="save --model with --adapter merged, and exit")
     args = common.parse_args(parser, argv, demo={"lr": 0.3, "epochs": 20.0})

@@ -3,19 +3,12 @@
     python tests/gpu.py checks  # pytest -m cuda; every script on the bundled model, on GPU and CPU
     python tests/gpu.py memory  # Llama-2-7B's shape: peak memory of a step; a 65B in 4 bits
     python tests/gpu.py speed   # the same shape against TRL + PEFT and the largest matrix product
-<<<<<<< HEAD
     python tests/gpu.py growth  # tokens/s and memory by length of rows and documents, and rows
-
-Weights are random, made on the device. All parts fit in a GPU of 80 GB and 128 GiB of host memory.
-Without a GPU they run on the CPU. With --shape tiny, that is a rehearsal.
-=======
-    python tests/gpu.py growth  # tokens/s and memory by the length of rows and documents, and rows
     python tests/gpu.py experiments  # changes that the scripts do not have: what would they bring?
 
 What does not fit in --minutes is left out; --first N then begins with the N-th row of the table.
-Weights are random, made on the device. A GPU of 80 GB and 128 GiB of host memory take all of it.
-Without a GPU it runs on the CPU, which --shape tiny makes a rehearsal of.
->>>>>>> tools
+Weights are random, made on the device. All parts fit in a GPU of 80 GB and 128 GiB of host memory.
+Without a GPU they run on the CPU. With --shape tiny, that is a rehearsal.
 """
 
 import argparse
@@ -144,17 +137,10 @@ def checks(options, left) -> None:
             print(line, flush=True)
 
 
-<<<<<<< HEAD
-def in_time(cases, left, seconds: float):
+def in_time(cases, options, left, seconds: float):
     """Yield each case (beginning of a table's line, settings) for which so many seconds are left,
     with a folder of its data."""
-    for name, args in cases:
-=======
-def in_time(cases, options, left, seconds: float):
-    """Of the cases, (beginning of a table's row, settings), those that still have so many seconds,
-    each with a folder of its data."""
     for name, args in cases[options.first :]:
->>>>>>> tools
         if left() < seconds:
             print(f"{name} | no time left |", flush=True)
             continue
@@ -357,14 +343,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--shape", choices=["7b", "135m", "tiny"], default="7b")
-<<<<<<< HEAD
     late = "cases that would start too late are left out"
-    parser.add_argument("--minutes", type=float, default=9.5, help=late)
-=======
-    late = "what would begin too late is left out"
     parser.add_argument("--minutes", type=float, default=5.0, help=late)
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="rows to pass over")
->>>>>>> tools
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="cases to skip")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     print(f"{device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}: "
