@@ -1,14 +1,21 @@
-"""What only a CUDA GPU can show. Prints tables; each part ends within the minutes it is given.
+"""Checks and measurements that need a CUDA GPU. Each part prints a table within --minutes.
 
     python tests/gpu.py checks  # pytest -m cuda; every script on the bundled model, on GPU and CPU
-    python tests/gpu.py memory  # Llama-2-7B's shape: the peak of a step; a 65B in 4 bits
+    python tests/gpu.py memory  # Llama-2-7B's shape: peak memory of a step; a 65B in 4 bits
     python tests/gpu.py speed   # the same shape against TRL + PEFT and the largest matrix product
+<<<<<<< HEAD
+    python tests/gpu.py growth  # tokens/s and memory by length of rows and documents, and rows
+
+Weights are random, made on the device. All parts fit in a GPU of 80 GB and 128 GiB of host memory.
+Without a GPU they run on the CPU. With --shape tiny, that is a rehearsal.
+=======
     python tests/gpu.py growth  # tokens/s and memory by the length of rows and documents, and rows
     python tests/gpu.py experiments  # changes that the scripts do not have: what would they bring?
 
 What does not fit in --minutes is left out; --first N then begins with the N-th row of the table.
 Weights are random, made on the device. A GPU of 80 GB and 128 GiB of host memory take all of it.
 Without a GPU it runs on the CPU, which --shape tiny makes a rehearsal of.
+>>>>>>> tools
 """
 
 import argparse
@@ -38,6 +45,8 @@ lora.py --no-packing
 lora.py --gradient-checkpointing
 qlora.py
 dora.py
+adalora.py
+ia3.py
 adapter.py
 prefix_tuning.py
 prompt_tuning.py
@@ -51,7 +60,7 @@ grpo.py""".splitlines()
 
 AGAIN = "--gradient-checkpointing"
 PURE = f"{AGAIN} --pure-bfloat16 --optimizer adamw8bit --step-in-backward --max-grad-norm 0"
-MEMORY = [  # method, shape (None: that of --shape), tokens a row, more flags
+MEMORY = [  # method, shape (None: --shape), tokens per row, more flags
     ("lora", None, 2048, ""),
     ("lora", None, 2048, AGAIN),
     ("qlora", None, 512, AGAIN),
@@ -136,10 +145,17 @@ def checks(options, left) -> None:
             print(line, flush=True)
 
 
+<<<<<<< HEAD
+def in_time(cases, left, seconds: float):
+    """Yield each case (beginning of a table's line, settings) for which so many seconds are left,
+    with a folder of its data."""
+    for name, args in cases:
+=======
 def in_time(cases, options, left, seconds: float):
     """Of the cases, (beginning of a table's row, settings), those that still have so many seconds,
     each with a folder of its data."""
     for name, args in cases[options.first :]:
+>>>>>>> tools
         if left() < seconds:
             print(f"{name} | no time left |", flush=True)
             continue
@@ -149,10 +165,10 @@ def in_time(cases, options, left, seconds: float):
 
 
 def memory(options, left) -> None:
-    """GPU memory is the most that PyTorch's allocator had given out in a step, host memory the most
-    that the process ever held. Where tensors lie in host memory, also what of it PyTorch has
-    pinned, which the process's figure may leave out, and what the whole container has grown by."""
-    print("| command | tokens a step | GPU, GiB | host, GiB | tokens/s |\n|---|---|---|---|---|")
+    """GPU memory is the peak of PyTorch's allocator in a step, host memory the peak of the process.
+    With --offload also the pinned memory, which the process's figure may not include, and the
+    growth of the whole container."""
+    print("| command | tokens per step | GPU, GiB | host, GiB | tokens/s |\n|---|---|---|---|---|")
     cases = []
     for method, shape, length, flags in MEMORY:
         args = settings(options, method, shape, length, flags=flags, against="nothing")
@@ -179,7 +195,7 @@ def matrix_peak() -> float:
     size, device = (8192, "cuda") if torch.cuda.is_available() else (512, "cpu")
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
-    # on a GPU half a second, in which its clocks settle
+    # half a second on a GPU, until its clocks settle
     for _ in range(400 if device == "cuda" else 20):
         if device == "cuda":
             torch.cuda.synchronize()
@@ -192,7 +208,7 @@ def matrix_peak() -> float:
 
 
 def lora_flops(shape: str, document: int) -> float:
-    """Floating-point operations a token of LoRA without recomputation: 4 for every weight in a
+    """Floating-point operations per token, LoRA without recomputation: 4 for every weight in a
     product, and causal attention forward and backward."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = benchmark.SHAPES[shape]
     attention = 2 * hidden * hidden + 2 * hidden * hidden * kv_heads // heads
@@ -342,9 +358,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--shape", choices=["7b", "135m", "tiny"], default="7b")
+<<<<<<< HEAD
+    late = "cases that would start too late are left out"
+    parser.add_argument("--minutes", type=float, default=9.5, help=late)
+=======
     late = "what would begin too late is left out"
     parser.add_argument("--minutes", type=float, default=5.0, help=late)
     parser.add_argument("--first", type=int, default=0, metavar="N", help="rows to pass over")
+>>>>>>> tools
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     print(f"{device_name()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}: "

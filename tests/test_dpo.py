@@ -274,12 +274,6 @@ def test_lora_and_all_parameters_have_the_same_first_steps(run):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-def test_a_policy_that_is_not_its_reference_is_refused(run, monkeypatch):
-    monkeypatch.setattr(dpo, "add_reference", lambda model, dataset, *_: dataset)
-    with pytest.raises(common.UserError, match="not ln 2"):
-        run("run")
-
-
 def test_dropout_of_the_base_is_off(tmp_path):
     args = arguments(dpo, tmp_path, PAIRS[:2])
     model = load(args)

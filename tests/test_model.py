@@ -30,6 +30,9 @@ PACKED = {
     "mistral": {"sliding_window": 8},  # shorter than the documents below
     "gpt_neox": {"num_key_value_heads": None},
     "gemma3_text": {"sliding_window": 8},
+    "phi3": {},  # q, k, v in one layer, gate and up in another
+    "olmo2": {},  # norms after attention and MLP
+    "glm4": {},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
     "phi": {},  # a head with a bias
@@ -39,6 +42,8 @@ PACKED = {
 PADDED = {
     "gemma2": {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 5.0, "sliding_window": 8},
     "stablelm": {},  # its blocks do not hand the stretches on
+    "gpt_oss": {"num_local_experts": 4, "sliding_window": 8},  # attention sinks
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},  # a norm with a gate
     "bloom": {"n_layer": 2, "n_head": 4},  # ALiBi counts from the start of the sequence
 }
 RUNS = [(name, False) for name in PACKED] + [(n, True) for n in ("llama", "gpt2", *PADDED)]
@@ -168,7 +173,7 @@ def test_not_one_bit_leaks_between_documents(name):
     assert not torch.isclose(before[:11], after[:11]).any()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "stablelm", "mamba", "bloom"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "stablelm", "mamba", "bloom"])
 def test_models_that_cannot_keep_documents_apart_are_refused(name):
     with pytest.raises(common.UserError, match="not supported.*--no-packing") as error:
         build(name)
@@ -655,7 +660,7 @@ def test_an_adapter_is_no_model(start, tmp_path):
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "nosuchfolder", "someone/nosuchmodel"])
 def test_a_mistyped_or_unreachable_name_is_refused(name, start):
-    assert start(name).startswith(f"--model {name}: no such folder, and not loaded from the Hub")
+    assert start(name).startswith(f"--model {name}: no such folder, and loading from the Hub")
 
 
 @pytest.mark.parametrize("version, old", [("2.10.1", True), ("2.9.0+cu128", True),
@@ -798,7 +803,7 @@ def test_a_target_that_matches_nothing_is_refused_by_name(targets, missing):
 
 
 def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(common.UserError, match="GPT2.*no nn.Linear"):
+    with pytest.raises(common.UserError, match="GPT2.*no nn.Linear.*full_ft.py"):
         common.find_targets(build("gpt2"), "all-linear")
 
 

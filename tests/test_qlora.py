@@ -217,7 +217,7 @@ def test_merging_adds_in_float32_and_rounds_once(kind, flags, tmp_path, capsys):
     merge = ["--merge-only", "--model", TINY, "--adapter", str(tmp_path / "run")]
     qlora.main([*merge, "--merge-base", kind, "--output", str(tmp_path / "m")])
     printed = capsys.readouterr().out
-    assert f"merged onto the {kind} weights" in printed and "likeliest tokens stay" in printed
+    assert f"merged into the {kind} weights" in printed and "top tokens are the same" in printed
     adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
     base = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).state_dict()
     merged = load_file(tmp_path / "m" / "model.safetensors")
@@ -236,7 +236,7 @@ def test_merging_adds_in_float32_and_rounds_once(kind, flags, tmp_path, capsys):
     assert changed == 8
     config = transformers.AutoConfig.from_pretrained(tmp_path / "m")
     assert not hasattr(config, "quantization_config") and config.dtype == torch.bfloat16
-    moved = float(printed.split("logits move by ")[1].split()[0])
+    moved = float(printed.split("logits change by ")[1].split()[0])
     ids = transformers.AutoTokenizer.from_pretrained(TINY)(qlora.__doc__).input_ids[:128]
     args = make_args()
     args.model, args.no_packing, args.gradient_checkpointing = str(tmp_path / "m"), False, 0
@@ -300,7 +300,7 @@ def test_as_a_user_runs_it(tmp_path):
     flags = ["--output", tmp_path / "run", "--max-steps", 4, "--samples", 2]
     done = run_script("qlora.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert "linear layers take 4.128 bits a weight" in done.stdout
+    assert "linear layers take 4.128 bits per weight" in done.stdout
     assert "the adapter is in" in done.stdout and "kernels" not in done.stdout + done.stderr
     assert read_metrics(tmp_path / "run")[0]["run"]["args"]["optimizer"] == "adamw"
     assert math.isfinite(read_metrics(tmp_path / "run")[-2]["eval_exact_match"])

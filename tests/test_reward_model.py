@@ -54,14 +54,22 @@ def train(random_model, tmp_path):
 
 @pytest.fixture
 def score(tmp_path):
-    """rows, flags -> the rows with their rewards"""
+    """rows, flags -> the rewards of every row's answers, less the offset of the folder"""
 
-    def run(rows, *flags):
-        data = write_rows(tmp_path / "to_score.jsonl", rows)
-        out = ["--score", "--data", data, "--output", str(tmp_path / "scores"), "--overwrite"]
-        reward_model.main([*out, *map(str, flags)])
-        text = (tmp_path / "scores" / "scores.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+    def run(rows, folder, *flags):
+        args = arguments(reward_model, tmp_path, ROWS, *flags)
+        tokenizer, encoded = common.load_tokenizer(args), []
+        for row in rows:
+            if "chosen" in row or "responses" in row:
+                turns, answers, tools, _ = common.parse_preference(row)
+            else:
+                (*turns, answer), tools = common.parse_row(row)
+                answers = [answer]
+            answers = common.encode_answers(tokenizer, turns, answers, tools, whole=True)
+            encoded.append(common.share_prompt(answers, 1000))
+        examples = dict(zip(("input_ids", "is_target", "stretches"), zip(*encoded)))
+        values = reward_model.score(load(args), examples, args, CPU)
+        return [[value - offset_of(folder) for value in answers] for answers in values]
 
     return run
 
@@ -193,7 +201,7 @@ PADS = {"as it is": "<|pad|>", "pad is eos": "<|im_start|>", "no pad token": "<|
 @pytest.mark.parametrize("kind", PADS)
 def test_transformers_pools_our_scores_from_the_folder(kind, train, score, random_model, tmp_path):
     """Padded on either side by the saved tokenizer, with one in a batch that ends with eos as a
-    last token: transformers' own class gives the rewards of --score, plus the offset."""
+    last token: transformers' own class gives our rewards."""
     base = tmp_path / "base"
     model = transformers.AutoModelForCausalLM.from_pretrained(random_model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(random_model)
@@ -213,8 +221,7 @@ def test_transformers_pools_our_scores_from_the_folder(kind, train, score, rando
     assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     texts = [{"prompt": r["prompt"], "response": r[k]} for r in PAIRS for k in roles_of_answers]
-    scored = score(texts, "--model", folder, "--template", "none")
-    expected = torch.tensor([row["reward"] for row in scored])
+    expected = torch.tensor(score(texts, folder, "--model", folder, "--template", "none"))[:, 0]
     for side in ("left", "right"):
         tokenizer.padding_side = side
         strings = [row["prompt"] + row["response"] + tokenizer.eos_token for row in texts]
@@ -240,7 +247,7 @@ def test_peft_loads_the_adapter_and_gives_our_scores(four_bits, train, score, ra
     kind = peft.AutoPeftModelForSequenceClassification
     theirs = kind.from_pretrained(folder, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     flags = "--model", random_model, "--adapter", folder
-    scored = score([{"messages": turns} for turns in TURNS], *flags)
+    scored = score([{"messages": turns} for turns in TURNS], folder, *flags)
     for side in ("left", "right"):
         tokenizer.padding_side = side
         inputs = tokenizer.apply_chat_template(
@@ -248,13 +255,13 @@ def test_peft_loads_the_adapter_and_gives_our_scores(four_bits, train, score, ra
         )
         with torch.no_grad():
             found = theirs.eval()(**inputs).logits[:, 0] - offset_of(folder)
-        expected = torch.tensor([row["reward"] for row in scored])
+        expected = torch.tensor(scored)[:, 0]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_training_continues_from_reward_models_and_adapters(train, random_model, tmp_path):
     """Their head is kept, ours or PEFT's; an adapter without one, as of sft.py, gets a random
-    one, and does not score."""
+    one."""
     data = write_rows(tmp_path / "held_out.jsonl", PAIRS)
     held_out = ["--eval-data", data]
     for flags in ([], ["--lora-rank", 4]):
@@ -285,9 +292,6 @@ def test_training_continues_from_reward_models_and_adapters(train, random_model,
     fresh = load(args).score.weight
     args.adapter = None
     assert torch.equal(fresh, load(args).score.weight)
-    args.adapter, args.score = str(first), True
-    with pytest.raises(common.UserError, match="no reward model"):
-        load(args)
 
 
 def test_a_reward_adapter_is_not_for_other_scripts(train, random_model, tmp_path):
@@ -301,25 +305,9 @@ def test_a_reward_adapter_is_not_for_other_scripts(train, random_model, tmp_path
 
 def test_the_offset_is_the_mean_reward_of_the_best_training_answers(train, score):
     folder = train("run")
-    scored = score(ROWS, "--model", folder)
-    assert [{k: row[k] for k in row if k != "rewards"} for row in scored] == ROWS
-    assert len(scored[4]["rewards"]) == 5 and abs(offset_of(folder)) > 1e-3
-    best = [row["rewards"][0] for row in scored]
-    assert sum(best) / 5 == pytest.approx(0, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "row, match",
-    [
-        ({"prompt": "Hi", "completion": ""}, "jsonl:1: no answer"),
-        ({"text": "Hi"}, "jsonl:1"),
-        ({"prompt": "x" * 200, "completion": "y"}, "within --max-length"),
-    ],
-)
-def test_what_cannot_be_scored_is_an_error(row, match, train, score):
-    folder = train("run")
-    with pytest.raises(common.UserError, match=match):
-        score([row], "--model", folder, "--max-length", 100)
+    scored = score(ROWS, folder, "--model", folder)
+    assert len(scored[4]) == 5 and abs(offset_of(folder)) > 1e-3
+    assert sum(answers[0] for answers in scored) / 5 == pytest.approx(0, abs=1e-5)
 
 
 def test_a_model_that_cannot_keep_answers_apart_is_refused(random_model, tmp_path):

@@ -250,8 +250,36 @@ def test_a_template_that_changes_the_prompt_is_refused(encode):
 
 def test_a_template_that_raises_is_quoted_with_file_and_line(encode):
     rows = [{"messages": PAIR}, {"messages": [S | {"content": "s"}, *PAIR]}]
-    with pytest.raises(common.UserError, match=r"rows.jsonl:2: .*without a system turn"):
+    found = r"rows.jsonl:2: .*without a system turn \(it can be used with --merge-system\)"
+    with pytest.raises(common.UserError, match=found):
         encode(rows, family("Gemma"))
+    rows = [{"messages": [PAIR[0], {"role": "tool", "content": "t"}, PAIR[1]]}]
+    with pytest.raises(common.UserError, match=r"rows.jsonl:1: .*without a system turn$"):
+        encode(rows, family("Gemma"))  # the flag would not help
+
+
+def test_merged_turns_are_those_merged_by_hand(encode):
+    users, answers = ([kind | {"content": c} for c in "abc"] for kind in (U, A))
+    parted = [S | {"content": "s"}, *users[:2], *answers[:2], S | {"content": "t"}, users[2]]
+    by_hand = [("user", "s\n\na\n\nb"), ("assistant", "a\n\nb"), ("user", "t\n\nc")]
+    by_hand = [{"role": role, "content": text} for role, text in by_hand]
+    for last in (answers[2], answers[2] | {"weight": 1}):
+        (found,) = encode({"messages": [*parted, last]}, family("Gemma"), "--merge-system")
+        (expected,) = encode({"messages": [*by_hand, answers[2]]}, family("Gemma"))
+        assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    (found,) = encode({"messages": PAIR}, family("Gemma"), "--system", "s", "--merge-system")
+    question = PAIR[0] | {"content": "s\n\n" + PAIR[0]["content"]}
+    (expected,) = encode({"messages": [question, PAIR[1]]}, family("Gemma"))
+    assert np.array_equal(found["input_ids"], expected["input_ids"])
+
+
+def test_turns_that_differ_in_more_than_their_text_are_not_joined():
+    settings = {"system": None, "merge_system": True}
+    tools = [{"role": "tool", "content": x} for x in "ab"]  # the results of two calls
+    turns = [U | {"content": "q"}, A | {"content": "x", "weight": 0}, A | {"content": "y"}, *tools]
+    assert common.complete_turns(turns, settings) == turns
+    turns = [S | {"content": ""}, U | {"content": "q"}]
+    assert common.complete_turns(turns, settings) == turns[1:]
 
 
 # -------------------------------------------------------------- templates that mark targets
