@@ -24,14 +24,16 @@ PREFERENCES = ["reward_model", "dpo", "orpo"]
 SCRIPTS = ["lora", "full_ft", "sft", "qlora", "dora", "adapter", "prefix_tuning", "prompt_tuning"]
 SCRIPTS += ["ia3", "adalora", *PREFERENCES, "ppo", "grpo"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 DOC = {
     script: ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")))
     for script in SCRIPTS
 }
 # flags in the texts that are of other programs
-OTHERS = """--nproc-per-node --nnodes --rdzv-endpoint --shutdown-timeout --enable-lora
---lora-modules --model_args --tasks --against --seeds""".split()
+OTHERS = """--nproc-per-node --nnodes --rdzv-endpoint --rdzv-backend --shutdown-timeout --enable-lora
+--lora-modules --model_args --tasks --include_path --apply_chat_template --device --against --seeds
+--outtype --base""".split()
 
 
 # -------------------------------------------------------------------------- what is in a text
@@ -78,8 +80,13 @@ def lines_with(start: str, text: str) -> list[str]:
 
 @pytest.mark.parametrize("text", [README, CHINESE], ids=["README.md", "README.zh.md"])
 def test_every_relative_link_resolves(text):
-    relative = [link.partition("#")[0] for link in links(text) if "://" not in link]
-    assert relative and not [link for link in relative if link and not (ROOT / link).exists()]
+    headings = {"tests/RESULTS.md": RESULTS, "": text}
+    for link in links(text):
+        path, _, heading = link.partition("#")
+        if "://" not in link:
+            assert not path or (ROOT / path).exists()
+            titles = re.findall("^#+ (.*)", headings.get(path, ""), flags=re.MULTILINE)
+            assert not heading or heading in [x.lower().replace(" ", "-") for x in titles]
 
 
 def test_the_chinese_readme_has_the_same_code_links_and_markers():
@@ -90,20 +97,17 @@ def test_the_chinese_readme_has_the_same_code_links_and_markers():
         for text in (CHINESE, README)
     )
     assert ours == theirs
-    for start in ("<!--.*-->$", "#+"):
-        assert lines_with(start, CHINESE) == lines_with(start, README)
+    assert lines_with("#+", CHINESE) == lines_with("#+", README)
 
 
 def test_the_chinese_readme_has_the_same_tables():
-    assert len(tables(CHINESE)) == len(tables(README)) > 8
+    assert len(tables(CHINESE)) == len(tables(README)) > 3
     for ours, theirs in zip(tables(CHINESE), tables(README)):
         assert [len(row) for row in ours] == [len(row) for row in theirs]
         for our_row, their_row in zip(ours, theirs):
             for our_cell, their_cell in zip(our_row, their_row):
                 assert numbers(our_cell) == numbers(their_cell)
                 assert Counter(spans(our_cell)) == Counter(spans(their_cell))
-    measured = re.compile(r"<!-- (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
-    assert measured.findall(CHINESE) == measured.findall(README)
 
 
 def test_the_chinese_prose_has_the_same_numbers_and_code():
@@ -146,7 +150,9 @@ def commands_in(text: str) -> list[str]:
     return found
 
 
-COMMANDS = sorted({command for text in [README, *DOC.values()] for command in commands_in(text)})
+COMMANDS = sorted(
+    {command for text in [README, RESULTS, *DOC.values()] for command in commands_in(text)}
+)
 
 
 @pytest.fixture(scope="session")
@@ -266,31 +272,18 @@ def test_make_rows_writes_the_rows_of_pretraining(tmp_path, monkeypatch):
     assert (tmp_path / "pretrain.jsonl").stat().st_size > 1e6
 
 
-def test_what_a_run_leaves_answers_through_peft_and_transformers(trained, tmp_path, capsys):
-    codes = re.findall(r'^python -c "(.*)"$', README, flags=re.MULTILINE)
-    assert len(codes) == 2
-    merge = ["--merge-only", "--model", TINY, "--adapter", trained("lora")]
-    importlib.import_module("lora").main([*merge, "--output", str(tmp_path)])
-    for code in codes:
-        code = code.replace("max_new_tokens=50", "max_new_tokens=3")
-        code = code.replace("runs/lora-merged", str(tmp_path)).replace("runs/lora", trained("lora"))
-        capsys.readouterr()
-        exec(code, {})
-        assert "assistant" in capsys.readouterr().out
-
-
 # -------------------------------------------------------------------------- metrics and flags
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_metric_is_explained(script, trained):
-    """In the README's table or, of ppo.py and grpo.py, at their top. `step` needs no word."""
+    """In the table of RESULTS.md or, of ppo.py and grpo.py, at their top. `step` needs no word."""
     more = ["--samples", "1"]
     lines = read_metrics(trained(script, *more))
     lines = [line for line in lines if "run" not in line and "done" not in line]
     written = {name for line in lines for name in line} - {"step"}
     assert {"loss", "lr"} <= written
-    table = README.partition("### The metrics")[2].partition("\n## ")[0]
+    table = RESULTS.partition("## Metrics")[2].partition("\n## ")[0]
     explained = {name for row in tables(table)[0] for name in spans(row[0])}
     if script in ("ppo", "grpo"):
         metrics = DOC[script].partition("\nWhat to watch")[2].partition("\nMeasured")[0]
@@ -324,7 +317,7 @@ def named_flags(text: str) -> set[str]:
 
 
 def test_every_flag_that_the_readme_names_is_one(flags):
-    assert named_flags(README) <= {flag for script in SCRIPTS for flag in flags[script]}
+    assert named_flags(README + RESULTS) <= {flag for script in SCRIPTS for flag in flags[script]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
