@@ -31,7 +31,8 @@ DOC = {
     for script in SCRIPTS
 }
 # flags in the texts that are of other programs
-OTHERS = """--nproc-per-node --nnodes --rdzv-endpoint --rdzv-backend --shutdown-timeout --enable-lora
+OTHERS = """--nproc-per-node --nnodes --rdzv-endpoint --rdzv-backend --shutdown-timeout
+--enable-lora
 --lora-modules --model_args --tasks --include_path --apply_chat_template --device --against --seeds
 --outtype --base""".split()
 
