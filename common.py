@@ -1755,10 +1755,10 @@ def add_old_names(folder: Path) -> None:
                 rope = dict(rope["full_attention"])
             top = {"rope_theta", "partial_rotary_factor"} & rope.keys()
             part |= {key: rope.pop(key) for key in top}
-            if (kind := rope.pop("rope_type", "default")) != "default":
-                name = "type" if kind == "longrope" else "rope_type"
-                more = {key: x for key, x in rope.items() if key != "type" and key not in part}
-                part["rope_scaling"] = {name: kind} | more
+            kind = rope.pop("rope_type", "default")
+            more = {key: x for key, x in rope.items() if key != "type" and key not in part}
+            if more or kind != "default":
+                part["rope_scaling"] = {"type" if kind == "longrope" else "rope_type": kind} | more
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 

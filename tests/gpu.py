@@ -107,11 +107,11 @@ def checks(options, left) -> None:
         script, *flags = command.split()
         output, started = Path(folder) / re.sub(r"\W", "_", f"{command}{more}"), time.monotonic()
         flags += ["--output", str(output), "--samples", "0"]
-        flags += ["--max-steps", "3" if script in ("ppo.py", "grpo.py") else "20"]
-        options = {"env": os.environ | more, "capture_output": True, "text": True}
+        flags += ["--max-steps", "3" if tiny or script in ("ppo.py", "grpo.py") else "20"]
+        settings = {"env": os.environ | more, "capture_output": True, "text": True}
         command = [sys.executable, str(ROOT / script), *flags]
         try:
-            run = subprocess.run(command, **options, timeout=left())
+            run = subprocess.run(command, **settings, timeout=left())
         except subprocess.TimeoutExpired:
             return "not done | "
         if run.returncode:
@@ -124,6 +124,7 @@ def checks(options, left) -> None:
         return f"{found[0]:.4f}, {found[-1]:.4f} | {time.monotonic() - started:.0f}"
 
     cores = os.cpu_count() or 1
+    tiny = options.shape == "tiny"
     threads = {"OMP_NUM_THREADS": str(min(4, cores))}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, cores // 4)) as pool:
 
@@ -133,7 +134,7 @@ def checks(options, left) -> None:
             return f"| `{command}` | {on_gpu} | {on_cpu} |"
 
         commands = COMMANDS[options.first :]
-        for line in pool.map(row, commands[:2] if options.shape == "tiny" else commands):
+        for line in pool.map(row, commands[:2] if tiny else commands):
             print(line, flush=True)
 
 

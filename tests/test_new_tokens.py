@@ -295,8 +295,8 @@ def test_other_scripts_name_those_that_add_tokens(script, bases, flags, tmp_path
     tokenizer.add_tokens(["<a>", "<b>"])
     own(bases["tied"]).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(common.UserError, match="'<b>' is beyond .*: lora.py and sft.py"):
+    with pytest.raises(common.UserError, match="'<b>' is outside .*: lora.py and sft.py"):
         __import__(script).main(flags("out", tmp_path / "base"))
     lora.main(flags("adapter", tmp_path / "base", "--max-steps", 1))  # no flag needed
-    with pytest.raises(common.UserError, match="beyond|does not fit"):
+    with pytest.raises(common.UserError, match="outside|does not fit"):
         __import__("dora").main(flags("out", tmp_path / "base", "--adapter", tmp_path / "adapter"))
