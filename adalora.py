@@ -158,6 +158,8 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, shard=args.shard)
     layers, config = add_adapter(model, args, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 

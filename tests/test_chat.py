@@ -86,6 +86,7 @@ TUNED = {
     "lora": [],
     "dora": [],
     "ia3": ["--lr", "0.1"],
+    "adalora": ["--lr", "0.1"],
     "sft": ["--lora-rank", "4"],
     "dpo": ["--lora-rank", "4"],
     "prefix_tuning": ["--virtual-tokens", "5"],
