@@ -126,6 +126,7 @@ def test_targets_outside_the_language_part_are_refused(wrapper):
     model = common.load_model(make_args("--model", str(wrapper)), torch.float32, CPU)
     inside, every = common.find_targets(model, "all-linear")
     assert set(inside) == {name for name in every if "language_model" in name} != set(every)
+    assert len(common.blocks(model)) == 2  # for --gradient-checkpointing and adapter.py
     with pytest.raises(common.UserError, match="matches no linear layer"):
         common.find_targets(model, ".*vis.*")
     with pytest.raises(common.UserError, match="--train vis"):
