@@ -1416,9 +1416,8 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     multimodal model's language part are never adapted.
     """
     heads = (model.get_output_embeddings(), getattr(model, "score", None))
-    linear = {n: m for n, m in model.named_modules() if type(m) in LINEAR and m not in heads}
-    inside = set(language_part(model).modules())
-    layers = [name for name, module in linear.items() if module in inside]
+    inside = {m for m in language_part(model).modules() if type(m) in LINEAR and m not in heads}
+    layers = [name for name, module in model.named_modules() if module in inside]
     if not layers:
         problem = "has no nn.Linear layers (GPT-2's Conv1D is none): full_ft.py trains it"
         raise UserError(f"{type(model).__name__} {problem}")
@@ -1432,7 +1431,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; there are {known}")
         chosen.update(found)
-    return [layer for layer in layers if layer in chosen], list(linear)
+    return [layer for layer in layers if layer in chosen], layers
 
 
 def say_unreached(model) -> None:
@@ -1480,7 +1479,7 @@ def add_adapter(model, args, layer, device) -> dict:
             alpha *= math.sqrt(rank)
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
-    adapted, layers = find_targets(model, targets, flag)
+    adapted, _ = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
     for name in adapted:
@@ -1488,9 +1487,10 @@ def add_adapter(model, args, layer, device) -> dict:
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     short = {name.rpartition(".")[2] for name in adapted}
-    unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
+    alike = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in short]
+    names = short if alike == adapted else adapted
     return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": sorted(short if unique else adapted), "bias": "none"}  # fmt: skip
+            "target_modules": sorted(names), "bias": "none"}  # fmt: skip
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
