@@ -39,14 +39,14 @@ Questions people ask
                       Both zero would not: neither D nor U would ever get a gradient.
   Does PEFT load it?  No, it has no such method. The folder has PEFT's two files with a peft_type
                       (HOULSBY) and names of its own, and --adapter FOLDER loads it here: to train
-                      further, or with --max-steps 0 to evaluate and answer.
+                      further, to evaluate (--max-steps 0), or to answer (--chat).
 
 Measured: `python adapter.py` answers 0 of 100 held-out prompts exactly before, and 100, 100
 and 100 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). It takes ten epochs.
 
     python adapter.py                                  # the bundled model learns a task
     python adapter.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
-    python adapter.py --model BASE --data F --adapter runs/adapter --max-steps 0 --output runs/x
+    python adapter.py --model BASE --adapter runs/adapter --chat
 """
 
 import argparse
@@ -143,6 +143,8 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device)
     config = add_adapters(model, args, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 

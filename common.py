@@ -9,6 +9,7 @@
     7. Log-probabilities    of target tokens, without all logits in memory
     8. Saving               layers around targets, PEFT adapters, Hugging Face folders
     9. The run              learning rate, answers, metrics, signals, checkpoints
+    10. Chat                a conversation with a model, or answers to lines
 
 Nothing here knows a fine-tuning method: layers, losses and training loops are in the scripts.
 """
@@ -28,6 +29,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -69,12 +71,12 @@ class UserError(Exception):
 
 
 def say(text: str) -> None:
-    """Print on rank 0, above the progress bar."""
+    """Print on rank 0, above the progress bar. With --chat, answers alone are on stdout."""
     if RANK == 0:
-        tqdm.write(text)
+        tqdm.write(text, file=sys.stderr if "--chat" in sys.argv else None)
 
 
-def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentParser:
+def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse.ArgumentParser:
     """A parser with the flags of all scripts. doc: the script's docstring."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --model MODEL --data FILE [flags]",
@@ -82,7 +84,7 @@ def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentPar
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(demo=False, merge_only=False, adapter=None)
+    parser.set_defaults(demo=False, merge_only=False, adapter=None, chat=False)
     add = parser.add_argument_group("data").add_argument
     add("--model", help="a folder or a Hub name; without it and --data: a demonstration")
     files = ".jsonl, .json, .csv, .parquet (or .gz) files, folders of them, NAME[@CONFIG][@SPLIT] "
@@ -119,6 +121,12 @@ def make_parser(doc: str, output: str, lr: float | None) -> argparse.ArgumentPar
     add("--samples", type=int, default=2, help="held-out prompts to answer before and after")
     add("--resume", action="store_true", help="continue from the checkpoint in --output, if any")
     add("--overwrite", action="store_true", help="replace what --output holds")
+    if chat:
+        add = parser.add_argument_group("chat").add_argument
+        how = "talk with --model and --adapter; without a terminal, answer each line of stdin"
+        add("--chat", action="store_true", help=how)
+        add("--chat-tokens", type=int, default=512, help="the most tokens of an answer")
+        add("--chat-temperature", type=float, default=0.0, help="of sampling; 0: greedy")
     return parser
 
 
@@ -133,7 +141,9 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
         raise UserError("--inspect needs --data")
     if args.merge_only and not (args.model and args.adapter):
         raise UserError("--merge-only needs --model, the base, and --adapter")
-    if args.inspect or args.merge_only or args.model and args.data:
+    if args.chat and not args.model:
+        raise UserError("--chat needs --model")
+    if args.inspect or args.merge_only or args.chat or args.model and args.data:
         return args
     if args.model or args.data:
         raise UserError("training needs --model and --data; without both, a demonstration runs")
@@ -565,9 +575,7 @@ def encode_row(row, tokenizer, settings: dict) -> list[dict]:
     else:
         turns = complete_turns(turns, settings)
         if settings["prompts_alone"] and turns[-1]["role"] != "assistant":
-            options = {"tokenize": False, "add_generation_prompt": True}
-            text = tokenizer.apply_chat_template(turns, tools=tools, **options)
-            ids = tokenizer(text, add_special_tokens=tokenizer.chat_template == JOINED).input_ids
+            ids = encode_prompt(tokenizer, turns, tools)
             note = "" if len(ids) <= limit else "no target"
             return [make_example(ids, ids, np.zeros(len(ids), dtype=bool), note)]
         encoded = encode_conversation(tokenizer, turns, tools)
@@ -581,6 +589,13 @@ def encode_row(row, tokenizer, settings: dict) -> list[dict]:
         if marks.any():
             examples.append(make_example(prompt, ids[:limit], marks, note))
     return examples or [make_example(note="no target")]
+
+
+def encode_prompt(tokenizer, turns: list[dict], tools=None) -> list[int]:
+    """Turns, and what the template writes before an answer to them."""
+    options = {"tokenize": False, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(turns, tools=tools, **options)
+    return tokenizer(text, add_special_tokens=tokenizer.chat_template == JOINED).input_ids
 
 
 def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
@@ -687,6 +702,8 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
 def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     """-> (training examples, held-out examples or None), with the columns of EXAMPLE, or, with
     pairs, of PREFERENCE. whole: see encode_answers. prompts_alone: rows may have no answer."""
+    if args.chat:
+        return None, None
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or 10**9
     longest -= getattr(args, "virtual_tokens", 0)  # they take positions
@@ -955,7 +972,7 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if not args.inspect:
+    if not (args.inspect or args.chat):
         check_output(args)
     cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
@@ -1025,6 +1042,7 @@ def load_model(
     receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
     6 and 7 assume of a model is checked here, by trying.
     """
+    weights = None if args.chat else weights
     if load_in_4bit and (shard or weights):
         raise UserError("a base in 4 bits needs an adapter, and every rank has a copy: no --shard")
     auto_class, options = transformers.AutoModelForCausalLM, {}
@@ -1062,7 +1080,7 @@ def load_model(
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
-    if RANK == 0 and method is target_logps:
+    if RANK == 0 and method is target_logps and not args.chat:
         check_model(model, args, exact=dtype == torch.float32)
     if shard:
         shard_model(model, dtype, device, offload, method.__name__)
@@ -1486,11 +1504,15 @@ def add_adapter(model, args, layer, device) -> dict:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
-    short = {name.rpartition(".")[2] for name in adapted}
-    alike = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in short]
-    names = short if alike == adapted else adapted
     return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": sorted(names), "bias": "none"}  # fmt: skip
+            "target_modules": target_modules(adapted, model), "bias": "none"}  # fmt: skip
+
+
+def target_modules(adapted: list[str], model) -> list[str]:
+    """Layers as in PEFT's config: by the last part of their names, if no other module has it."""
+    short = {name.rpartition(".")[2] for name in adapted}
+    alike = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if alike == set(adapted) else adapted)
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
@@ -1577,6 +1599,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
+    say_how_to_chat(args, model, "--model", args.model, "--adapter", args.output)
 
 
 def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = None) -> None:
@@ -1614,6 +1637,16 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
 
     write_result(Path(args.output), write)
     say(f"the model is in {args.output}")
+    say_how_to_chat(args, model, "--model", args.output)
+
+
+def say_how_to_chat(args, model, *words: str) -> None:
+    """The command for the result of a training run."""
+    for name in ("template", "system"):
+        words += (f"--{name}", getattr(args, name)) if getattr(args, name) else ()
+    words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
+    if model.can_generate() and not args.merge_only:
+        say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -1732,9 +1765,10 @@ def generate(model, tokenizer, prompts: list[list[int]], device, **settings) -> 
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
-def generate_ids(model, tokenizer, prompts: list, device, **settings) -> list[list[int]]:
+def generate_ids(model, tokenizer, prompts: list, device, streamer=None, **settings) -> list:
     """Answers to prompts, both token ids, in one left-padded batch. An answer ends with its first
-    stop token, or is cut off. settings: of GenerationConfig, greedy and 128 tokens by default."""
+    stop token, or is cut off. settings: of GenerationConfig, greedy and 128 tokens by default.
+    streamer: transformers', of a single answer."""
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -1743,7 +1777,8 @@ def generate_ids(model, tokenizer, prompts: list, device, **settings) -> list[li
     config = transformers.GenerationConfig(**settings, pad_token_id=pad, eos_token_id=stop)
     options = {"generation_config": config, "synced_gpus": isinstance(model, fsdp.FSDPModule)}
     with evaluating(model), own_attention(model):
-        rows = model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:].tolist()
+        rows = model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
+        rows = rows[:, width:].tolist()
     ends = [next((n + 1 for n, token in enumerate(row) if token in stop), None) for row in rows]
     return [row[:end] for row, end in zip(rows, ends)]
 
@@ -1752,7 +1787,8 @@ class Log:
     """The progress bar, metrics.jsonl and signals.
 
     metrics.jsonl has a line for the run, one for every step and evaluation, and a last one
-    {"done": true}. `write` is where TensorBoard or W&B would be called.
+    {"done": true}. A tracker is a line in `write`: wandb.log(entry, step=entry.get("step")), or
+    TensorBoard's add_scalar(key, value, entry["step"]) for every number of an entry.
     """
 
     READ_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits
@@ -1869,7 +1905,7 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
 # Flags that may change with --resume: they change neither the examples of a step nor its update.
 FREE = """model data eval_data skip_bad_rows inspect output patience micro_batch_tokens no_packing
 gradient_checkpointing eval_every save_every samples resume overwrite demo merge_only shard
-offload""".split()
+offload chat chat_tokens chat_temperature""".split()
 
 
 def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
@@ -1922,3 +1958,43 @@ def exit_stopped(step: int, kind: int) -> None:
     """After the checkpoint that a signal asked for: exit with 130 (SIGINT) or 143 (SIGTERM)."""
     say(f"stopped by a signal after step {step}: --resume continues from here")
     sys.exit(128 + kind)
+
+
+# --------------------------------------------------------------------------------- 10. Chat
+
+
+def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
+    """A conversation in the terminal. Where standard input is no terminal, answers to its lines,
+    one prompt each: JSON rows {"prompt", "completion"}, in order, 32 at a time. placeholders: ids
+    that come before every prompt."""
+    settings = {"max_new_tokens": args.chat_tokens}
+    if args.chat_temperature:
+        settings |= {"do_sample": True, "temperature": args.chat_temperature}
+    system = [] if args.system is None else [to_message(args.system, "system")]
+
+    def answer(conversations: list, streamer=None) -> list[str]:
+        ids = [[*placeholders, *encode_prompt(tokenizer, turns)] for turns in conversations]
+        return generate(model, tokenizer, ids, device, streamer=streamer, **settings)
+
+    if not sys.stdin.isatty():
+        prompts = (line.strip() for line in sys.stdin if line.strip())
+        while batch := list(itertools.islice(prompts, 32)):
+            texts = answer([[*system, to_message(prompt, "user")] for prompt in batch])
+            for prompt, text in zip(batch, texts):
+                row = {"prompt": prompt, "completion": text}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    import readline  # noqa: F401 (arrow keys and a history in input)
+
+    say("An empty line starts a new conversation; Ctrl-D ends.")
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    turns = [*system]
+    try:
+        while True:
+            if prompt := input("> ").strip():
+                turns.append(to_message(prompt, "user"))
+                turns.append(to_message(*answer([turns], streamer), "assistant"))
+            else:
+                turns = [*system]
+    except (EOFError, KeyboardInterrupt):
+        print()

@@ -1,8 +1,6 @@
-"""DoRA: split each frozen weight into magnitude and direction; train the magnitude, and the
-direction through LoRA.
+"""DoRA: train the magnitude of each frozen weight, and its direction through LoRA.
 
-Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), equations 5
-and 11:
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), eq. 5, 11:
 
     W' = m * V / ||V||,    V = W0 + s B A,    ||V|| the norm of each output row
     y  = (m / ||V||) * (W0 x + s B A dropout(x)) + bias        computed without W' and V
@@ -111,6 +109,8 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, shard=args.shard)
     config = common.add_adapter(model, args, DoRALinear, device) | {"use_dora": True}
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 

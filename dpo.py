@@ -197,6 +197,8 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device, weights, shard, **options)
     common.disable_dropout(model)
     config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     layers = reference_layers(model, args) if args.loss != "simpo" else []
     if not lora and args.loss != "simpo":
         steps = common.plan_steps(train_set, args)

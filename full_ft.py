@@ -54,6 +54,7 @@ after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). Memory of a 7B on 
 
     python full_ft.py                                           # the bundled model learns a task
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
+    python full_ft.py --model runs/full_ft --chat
     torchrun --nproc-per-node 8 full_ft.py --model BASE --data train.jsonl --gradient-checkpointing
 """
 
@@ -127,6 +128,8 @@ def train(args) -> None:
         check_one_pass(train_set, common.plan_steps(train_set, args), args)
     dtype, masters = (torch.bfloat16,) * 2 if args.pure_bfloat16 else (dtype, torch.float32)
     model = common.load_model(args, dtype, device, masters, shard=sharded, offload=args.offload)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     if args.train:
         freeze_others(model, args.train, dtype, sharded)
     names, parameters = zip(*[x for x in model.named_parameters() if x[1].requires_grad])

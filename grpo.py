@@ -89,6 +89,8 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device)
     common.disable_dropout(model)
     config = common.add_adapter(model, args, LoRALinear, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     layers = reference_layers(model, args)
     reward = load_reward(args, model, tokenizer, dtype, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -125,10 +127,8 @@ def train(args) -> None:
         groups = [*zip(groups, group_advantages(scores, args.scale_rewards))]
         generator = np.random.default_rng([args.seed, step])
         order = generator.permutation(len(groups))
-        minibatches = [
-            forward_passes([groups[n] for n in chosen], args, device)
-            for chosen in np.split(order, range(size, len(order), size))
-        ]
+        chosen = np.split(order, range(size, len(order), size))
+        minibatches = [forward_passes([groups[n] for n in part], args, device) for part in chosen]
         passes = [part for parts in minibatches for part in parts]
         with torch.no_grad():
             for part in passes:
@@ -417,7 +417,7 @@ def add_rollout_flags(parser) -> None:
 def check_flags(args) -> None:
     if args.rollout_size % args.batch_size:
         raise common.UserError("--rollout-size is not a multiple of --batch-size")
-    if not args.reward and not args.inspect:
+    if not (args.reward or args.inspect or args.chat):
         raise common.UserError("--reward names no reward model and no function")
 
 

@@ -39,6 +39,7 @@ SmolLM2-135M-Instruct --data gsm8k_train.jsonl --eval-data 0.005 --max-steps 24 
 
     python lora.py                                     # the bundled model learns a task
     python lora.py --model BASE --data train.jsonl     # BASE: a folder or a Hub name
+    python lora.py --model BASE --adapter runs/lora --chat
     python lora.py --merge-only --model BASE --adapter runs/lora --output runs/merged
 """
 
@@ -93,6 +94,8 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, shard=args.shard)
     config = common.add_adapter(model, args, LoRALinear, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 

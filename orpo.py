@@ -149,6 +149,8 @@ def train(args) -> None:
     four_bits = args.load_in_4bit
     model = common.load_model(args, dtype, device, weights, shard, args.offload, four_bits)
     config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 

@@ -164,6 +164,9 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device)
     common.disable_dropout(model)  # [7]
     config = add_policy(model, args, device)  # and the reference
+    if args.chat:
+        set_role(model, "policy")
+        return common.chat(model, tokenizer, args, device)
     reward = add_reward_and_critic(args, model, tokenizer, dtype, device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     critic = [p for name, p in trained.items() if "critic" in name]
@@ -650,7 +653,7 @@ def add_rollout_flags(parser) -> None:
 def check_flags(args) -> None:
     if args.rollout_size % args.batch_size:
         raise common.UserError("--rollout-size is not a multiple of --batch-size")
-    if not args.reward and not args.inspect:
+    if not (args.reward or args.inspect or args.chat):
         raise common.UserError("--reward names no reward model and no function")
 
 

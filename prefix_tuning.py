@@ -155,6 +155,8 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device)
     torch.manual_seed(args.seed)  # the same start on all ranks
     add_prefix(model, starting_prefix(model, tokenizer, args), args.hidden)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
     trained = sum(p.numel() for p in parameters)

@@ -148,6 +148,8 @@ def train(args) -> None:
     torch.manual_seed(args.seed)  # the same start on all ranks
     start = starting_prompt(model, tokenizer, args)
     add_prompt(model, Prompt(start, args.encoder, args.hidden), device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device, [tokenizer.pad_token_id] * len(start))
     train_set, eval_set = (
         x and make_room(x, len(start), tokenizer.pad_token_id) for x in (train_set, eval_set)
     )

@@ -21,8 +21,7 @@ Three ideas save memory, the first two in functions below; a weight takes 4.127 
 Choices and departures from the paper
   - bitsandbytes quantises and multiplies (common.py, Linear4bit). `nf4_quantize` gives its bytes
     to the last bit; `double_quantize` the nearest code, from which bitsandbytes' CPU kernel is
-    one off about once in a thousand. Merging uses the two `*_dequantize` functions; the
-    `*_quantize` functions are there to be read.
+    one off about once in a thousand. Merging calls `*_dequantize`; `*_quantize` is to be read.
   - Every linear layer but the output head is quantised and adapted. Embedding, head and norms
     stay in bfloat16; norms compute in float32.
   - Rank 16 and alpha 32 (the paper: 64 and 16); paged states of 8 bits (the authors' code: 32).
@@ -176,6 +175,8 @@ def train(args) -> None:
     model = common.load_model(args, dtype, device, load_in_4bit=True)
     common.say(f"the base's linear layers take {bits_per_weight(model):.3f} bits a weight")
     config = common.add_adapter(model, args, LoRALinear, device)
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
     if args.optimizer == "paged_adamw8bit":

@@ -322,7 +322,7 @@ def print_samples(before, after) -> None:
 
 
 def main(argv=None) -> None:
-    parser = common.make_parser(__doc__, output="runs/reward_model", lr=1e-5)
+    parser = common.make_parser(__doc__, output="runs/reward_model", lr=1e-5, chat=False)
     parser.set_defaults(epochs=1.0)
     add = parser.add_argument_group("reward model").add_argument
     add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")

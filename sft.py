@@ -108,6 +108,8 @@ def train(args) -> None:
     weights = None if lora else torch.float32  # masters, if they train
     model = common.load_model(args, dtype, device, weights, shard, args.offload)
     config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
+    if args.chat:
+        return common.chat(model, tokenizer, args, device)
     if args.neftune:
         add_neftune(model, args.neftune)
     parameters = [p for p in model.parameters() if p.requires_grad]

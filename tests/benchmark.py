@@ -51,7 +51,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "tiny": (128, 384, 2, 4, 2, 512),
 }
 PREFERENCES = ("dpo", "orpo", "reward")
-METHODS = ("lora", "dora", "qlora", "full", "sft", *PREFERENCES, "ppo")
+METHODS = ("lora", "dora", "ia3", "qlora", "full", "sft", *PREFERENCES, "ppo")
 PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 
@@ -538,7 +538,10 @@ def theirs(folder: str, args) -> None:
         task_type=task,
         use_dora=args.method == "dora",
     )
-    adapter = args.method in ("lora", "dora", "qlora") or args.lora
+    if args.method == "ia3":
+        names = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
+        lora = peft.IA3Config(**names, feedforward_modules=["down_proj"], task_type=task)
+    adapter = args.method in ("lora", "dora", "ia3", "qlora") or args.lora
     auto_class = transformers.AutoModelForCausalLM
     if reward:
         auto_class = transformers.AutoModelForSequenceClassification

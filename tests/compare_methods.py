@@ -22,6 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import plot
 import safetensors
 import torch
 import transformers
@@ -29,6 +30,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 METHODS = """lora.py
 dora.py
+ia3.py
 qlora.py
 adapter.py
 adapter.py --pfeiffer
@@ -39,6 +41,7 @@ full_ft.py""".splitlines()
 RATES = {
     "lora.py": 3e-3,
     "dora.py": 3e-3,
+    "ia3.py": 3e-2,
     "qlora.py": 3e-3,
     "adapter.py": 3e-3,
     "adapter.py --pfeiffer": 3e-3,
@@ -52,8 +55,6 @@ SHOWN = {
     "eval_accuracy": "preference accuracy",
     "eval_score": "mean score",
 }
-COLORS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f #bcbd22
-#17becf""".split()
 # every step has three documents
 BUDGET = """--eval-data 0.002 --max-length 384 --batch-size 3 --micro-batch-tokens 1152
 --eval-every 1000 --samples 0"""
@@ -100,13 +101,13 @@ def where_and_when() -> str:
 
 def demo(args) -> str:
     """What each script does without flags, from the base's start to the end, over seeds; and a
-    picture of the methods' first seed."""
+    picture of the methods' training losses with the first seed."""
     lines = [
         "| command | saved parameters | measured on held-out rows | before | after, each seed "
         "| CPU seconds |",
         "|---|---|---|---|---|---|",
     ]
-    curves, memory = {}, {}
+    curves = {}
     for script in args.methods or METHODS + STAGES:
         before, after, seconds = [], [], []
         for seed in range(args.seeds):
@@ -119,28 +120,28 @@ def demo(args) -> str:
                 logged = [entry for entry in entries if "loss" in entry]
                 per_step = entries[0]["run"]["args"]["epochs"] / logged[-1]["step"]
                 epochs = [entry["step"] * per_step for entry in logged]
-                curves[script] = list(zip(epochs, [entry["loss"] for entry in logged]))
-                memory[script] = max(entry["peak_memory_gib"] for entry in logged)
+                curves[script] = list(zip(epochs, [entry["loss"] for entry in logged])), []
         cells = [f"`python {script}`", f"{saved(output):,}", SHOWN[name]]
         cells += [f"{statistics.mean(before):.2f}", ", ".join(f"{value:.2f}" for value in after)]
         cells += [f"{statistics.mean(seconds):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if args.write and curves:
-        (ROOT / "examples" / "methods.svg").write_text(picture(curves, memory), encoding="utf-8")
+        picture = plot.curves(curves, "epoch")
+        (ROOT / "examples" / "methods.svg").write_text(picture, encoding="utf-8")
     head = f"`python tests/compare_methods.py demo --seeds {args.seeds}`, {where_and_when()}."
     return head + "\n\n" + "\n".join(lines)
 
 
 def real(args) -> str:
-    """Every method on one model, data and number of steps."""
+    """Every method on one model, data and number of steps; and a picture of what each costs."""
     names = f"--model {Path(args.model).name} --data {Path(args.data).name}"
     lines = [
         "| command | saved parameters | checkpoint | peak memory | tokens/s | held-out loss "
         "before | after |",
         "|---|---|---|---|---|---|---|",
     ]
-    budget = f"{' '.join(BUDGET.split())} --max-steps {args.steps}"
+    points, budget = {}, f"{' '.join(BUDGET.split())} --max-steps {args.steps}"
     for method in args.methods or [f"{method} --lr {rate}" for method, rate in RATES.items()]:
         output = args.output / re.sub(r"\W+", "-", method)
         entries, _ = run(f"{method} --model {args.model} --data {args.data} {budget}", output)
@@ -153,47 +154,13 @@ def real(args) -> str:
         cells += [f"{memory:.2f} GiB", f"{speed:,.0f}", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
+        points[method.replace(".py", "").partition(" --lr")[0]] = memory, losses[-1]
+    if args.write:
+        picture = plot.scatter(points, "peak memory (GiB)", "held-out loss (nats a token)")
+        (ROOT / "examples" / "frontier.svg").write_text(picture, encoding="utf-8")
     head = f"`python tests/compare_methods.py real {names} --steps {args.steps}`"
     head += f", {where_and_when()}. `$G` is `{names} {budget}`."
     return head + "\n\n" + "\n".join(lines)
-
-
-def picture(curves: dict[str, list[tuple[float, float]]], memory: dict[str, float]) -> str:
-    """Training loss over epochs on the left, peak memory on the right, one colour a method.
-    -> SVG"""
-    points = [point for curve in curves.values() for point in curve]
-    steps, high = max(step for step, _ in points), math.ceil(max(loss for _, loss in points))
-
-    def x(step):
-        return 60 + 440 * step / steps
-
-    def y(loss):
-        return 40 + 260 * (high - loss) / high
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 350" font-family="sans-serif" '
-        'font-size="12">',
-        '<rect width="920" height="350" fill="white"/>',
-        '<text x="60" y="22" font-size="14">training loss (nats) by epoch</text>',
-        '<text x="560" y="22" font-size="14">peak memory (GiB)</text>',
-    ]
-    for loss in range(0, high + 1, max(1, high // 8)):
-        line = f'<line x1="60" x2="500" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#ddd"/>'
-        parts.append(f'{line}<text x="52" y="{y(loss) + 4:.1f}" text-anchor="end">{loss}</text>')
-    for step in range(int(steps) + 1):
-        parts.append(f'<text x="{x(step):.1f}" y="320" text-anchor="middle">{step}</text>')
-    most, height = max(memory.values()), 270 / len(memory)
-    for n, (method, curve) in enumerate(curves.items()):
-        color, top = COLORS[n % len(COLORS)], 40 + n * height
-        path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in curve)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        width, middle = 160 * memory[method] / most, f"{top + height * 0.45:.1f}"
-        size = f'width="{width:.1f}" height="{height * 0.7:.1f}"'
-        parts.append(f'<rect x="700" y="{top:.1f}" {size} fill="{color}"/>')
-        name = method.replace(".py", "")
-        parts.append(f'<text x="692" y="{middle}" text-anchor="end">{name}</text>')
-        parts.append(f'<text x="{705 + width:.1f}" y="{middle}">{memory[method]:.2f}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def main() -> None:
@@ -205,7 +172,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="for demo")
     parser.add_argument("--methods", nargs="+", help="instead of all")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
-    replaces = "demo: replace the table in README.md and README.zh.md, write examples/methods.svg"
+    replaces = (
+        "replace the table in README.md and README.zh.md, and write examples/methods.svg (demo) "
+    )
+    replaces += "or examples/frontier.svg (real)"
     parser.add_argument("--write", action="store_true", help=replaces)
     args = parser.parse_args()
     text = demo(args) if args.what == "demo" else real(args)

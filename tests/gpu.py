@@ -35,6 +35,7 @@ lora.py --no-packing
 lora.py --gradient-checkpointing
 qlora.py
 dora.py
+ia3.py
 adapter.py
 prefix_tuning.py
 prompt_tuning.py

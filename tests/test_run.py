@@ -183,7 +183,7 @@ def test_help_shows_every_default(script, capsys):
     assert stopped.value.code == 0 and len(names) == len(set(names))
     assert len(names) == printed.count("(default:")
     if script == "lora":
-        assert len(names) <= 34
+        assert len(names) <= 37
 
 
 BAD_VALUES = """--batch-size -3|--micro-batch-tokens -5|--max-length -1|--rank -2|--dropout -1

@@ -40,6 +40,7 @@ RUNS = {
     "dora": ("dora", LORA),
     "dora --shard": ("dora", [*LORA, "--shard"]),
     "dora --adapter --shard": ("dora", [*LORA, "--adapter", "DORA", "--shard"]),
+    "ia3": ("ia3", LORA),
     "adapter": ("adapter", LORA),
     "adapter --adapter": ("adapter", [*LORA, "--adapter", "ADAPTER"]),
     "sft --lora-rank --shard": ("sft", [*LORA, "--lora-rank", "4", "--shard"]),
