@@ -1,5 +1,5 @@
-"""Houlsby adapters: put a small trained network after every attention and every MLP of a frozen
-model.
+"""Houlsby adapters: insert a small trainable network after every attention and every MLP of a
+frozen model.
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751),
 section 2.1:
@@ -7,42 +7,42 @@ section 2.1:
     f(h) = h + U act(D h + b1) + b2
     x = x + f(attention(norm(x)));  x = x + f(mlp(norm(x)))
 
-    h   (..., d)             what attention or the MLP gives, before it is added to the stream x
+    h   (..., d)             the output of attention or MLP, before it is added to the stream x
     D   down.weight  (r, d)  truncated normal      b1  down.bias  (r,)  zero
     U   up.weight    (d, r)  truncated normal      b2  up.bias    (d,)  zero
     r   --bottleneck, act  --activation, d  the model's hidden size, L its number of blocks
 
-Trained, in float32: 2 L (2 d r + r + d) parameters, and those of the norms. With --pfeiffer only
-the MLPs have an adapter: L (2 d r + r + d), and the norms. (The place is all that is taken from
-Pfeiffer et al. 2020, arXiv 2005.00247: their adapter reads the normalised sum.)
+Trained, in float32: 2 L (2 d r + r + d) adapter parameters, and the norms. With --pfeiffer only
+the MLPs have an adapter: L (2 d r + r + d) parameters, and the norms. (Only the position is that
+of Pfeiffer et al. 2020, arXiv 2005.00247. Their adapter reads the normalised sum.)
 
-At step 0 the model is nearly the base, not exactly. D and U have a standard deviation of 1e-3,
-cut off at twice that, which leaves 0.88e-3. With relu, and 0.7 of it with gelu,
+At step 0 the model is nearly, but not exactly, the base. D and U have a standard deviation of
+1e-3, truncated at 2e-3, which leaves 0.88e-3. With relu (gelu: 0.7 times as much),
 
     ||f(h) - h|| / ||h||  is about  (0.88e-3)^2 sqrt(d r / 2)     2.8e-4 for d = 4096, r = 64
 
 Choices and departures from the paper
   - D, U, their biases and the norms are float32: AdamW's small updates would vanish in bfloat16.
-    D and U are cast in the forward pass; norms compute in float32.
-  - Every norm trains: of the blocks (Qwen3's of queries and keys too), and the last one.
-    --no-train-norms: none.
-  - The paper's BERT adds and then normalises; today's decoders normalise first. Where a norm
-    follows before the sum (Gemma 2), the adapter comes before that norm.
-  - A third branch beside attention and MLP (Falcon-H1's Mamba, Granite's shared experts) has no
+    D and U are cast in the forward pass. Norms compute in float32.
+  - Every norm is trained: those of the blocks (with Qwen3's query and key norms) and the last
+    one. --no-train-norms trains none.
+  - The paper's BERT normalises after the sum. Today's decoders normalise before attention and
+    MLP. If they also normalise before the sum (Gemma 2), the adapter comes before that norm.
+  - A third branch beside attention and MLP (Falcon-H1's Mamba, Granite's shared experts) gets no
     adapter.
-  - relu is the default; the authors' code has gelu (its tanh approximation).
+  - relu is the default. The authors' code uses gelu (the tanh approximation).
 
 Questions people ask
-  Can it be merged?   No. act stands between D and U, so no matrix can be added to a weight, as
-                      LoRA's s B A can. The adapters stay, and cost some time in generation.
-  Why not U = 0?      It would work, as LoRA's B = 0 does; near-identity is the paper's choice.
-                      Both zero would not: neither D nor U would ever get a gradient.
-  Does PEFT load it?  No, it has no such method. The folder has PEFT's two files with a peft_type
-                      (HOULSBY) and names of its own, and --adapter FOLDER loads it here: to train
+  Can it be merged?   No. act is between D and U, so f is not a matrix that can be added to a
+                      weight, as LoRA's s B A is. The adapters stay and slow generation a little.
+  Why not U = 0?      It would work, as LoRA's B = 0 does. The paper chose near-identity. With D
+                      and U both zero, neither would ever get a gradient.
+  Does PEFT load it?  No, PEFT has no such method. The folder has PEFT's two files, with peft_type
+                      HOULSBY and this script's names. --adapter FOLDER loads it here, to train
                       further, to evaluate (--max-steps 0), or to answer (--chat).
 
-Measured: `python adapter.py` answers 0 of 100 held-out prompts exactly before, and 100, 100
-and 100 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). It takes ten epochs.
+Measured: `python adapter.py` answers 0 of 100 held-out prompts exactly before training, and 100,
+100 and 100 after ten epochs (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
     python adapter.py                                  # the bundled model learns a task
     python adapter.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
@@ -60,7 +60,7 @@ from torch import nn
 
 import common
 
-# What models call the two parts of a block. fc2 is the last layer of OPT's MLP, which is no module.
+# Names of a block's two parts. OPT's MLP is not a module of its own: fc2 is its last layer.
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 ACTIVATIONS = {"relu": nn.ReLU(), "gelu": nn.GELU(approximate="tanh")}
@@ -94,20 +94,20 @@ def apply_adapter(module, inputs, output):
 
 
 def train_norm(norm, dtype) -> None:
-    """Float32 weights and arithmetic, in a residual stream that stays in its dtype."""
+    """Train a norm in float32. Its output has the dtype of the residual stream."""
     norm.float().requires_grad_(True)
     norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
     norm.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
 def sublayers(model, pfeiffer: bool) -> list[nn.Module]:
-    """The modules that get an adapter: attention and MLP of every block, or the MLPs alone."""
+    """The modules that get an adapter: attention and MLP of every block, or only the MLPs."""
     found = []
     for block in common.blocks(model):
         for names in [MLP] if pfeiffer else [ATTENTION, MLP]:
             module = next((m for name, m in block.named_children() if name in names), None)
             if module is None:
-                problem = f"a {type(block).__name__} has none of {', '.join(names)}"
+                problem = f"{type(block).__name__} has no module {' or '.join(names)}"
                 raise common.UserError(f"no place for an adapter: {problem}. Try lora.py")
             if "residual" in inspect.signature(module.forward).parameters:  # BLOOM
                 problem = f"{type(module).__name__} adds the residual stream itself"
@@ -117,8 +117,8 @@ def sublayers(model, pfeiffer: bool) -> list[nn.Module]:
 
 
 def add_adapters(model, args, device) -> dict:
-    """Freeze the model, put an Adapter after every attention and MLP, and let the norms train; or
-    as --adapter has it, with its tensors. -> the fields of the adapter's config"""
+    """Freeze the model, put an Adapter after every attention and MLP, and unfreeze the norms.
+    --adapter replaces the flags and the initial values. -> the fields of the adapter's config"""
     fields = ("bottleneck", "activation", "pfeiffer", "train_norms")
     config, tensors = {"peft_type": "HOULSBY"} | {key: getattr(args, key) for key in fields}, {}
     if args.adapter:
@@ -169,7 +169,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -182,7 +182,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -192,7 +192,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -201,7 +201,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -212,7 +212,7 @@ def train(args) -> None:
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -222,11 +222,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -240,7 +240,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -255,10 +255,10 @@ def main(argv=None) -> None:
     add = parser.add_argument_group("adapters").add_argument
     add("--bottleneck", type=int, default=64, help="width of each adapter")
     add("--activation", choices=list(ACTIVATIONS), default="relu", help="inside each adapter")
-    add("--pfeiffer", action="store_true", help="adapters after the MLPs alone: half as many")
+    add("--pfeiffer", action="store_true", help="adapters after the MLPs only: half as many")
     yes_or_no = {"action": argparse.BooleanOptionalAction, "default": True}
     add("--train-norms", **yes_or_no, help="also train the weights of the norms")
-    start = "start from an adapter of this script, with its settings of these four flags"
+    start = "start from an adapter of this script, with its values of these four flags"
     add("--adapter", metavar="FOLDER", help=start)
     train(common.parse_args(parser, argv, demo={"lr": 4e-3, "epochs": 10.0}))
 

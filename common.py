@@ -95,22 +95,22 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--system", metavar="TEXT", help="system turn of conversations that have none")
     merge = "put the system turn into the user's, and join consecutive turns of one role"
     add("--merge-system", action="store_true", help=merge)
-    add("--template", help="a .jinja file, alpaca or none (strings joined); None: the model's own")
+    add("--template", help="a .jinja file, alpaca or none (joins texts); replaces the model's")
     add("--skip-bad-rows", action="store_true", help="drop rows that cannot be used")
-    add("--inspect", action="store_true", help="print the first examples with their targets, exit")
+    add("--inspect", action="store_true", help="print the first examples and targets, then exit")
     add = parser.add_argument_group("training").add_argument
-    add("--output", default=output, help="folder of the result, metrics.jsonl and checkpoint/")
-    add("--epochs", type=float, default=3.0, help="passes over the data")
+    add("--output", default=output, help="folder for the result, metrics.jsonl and checkpoint/")
+    add("--epochs", type=float, default=3.0, help="times to go through the data")
     add("--max-steps", type=int, help="optimizer steps; overrides --epochs")
-    add("--batch-size", type=int, default=16, help="examples of an optimizer step, over all GPUs")
+    add("--batch-size", type=int, default=16, help="examples (PPO: answers) per step, on all GPUs")
     add("--lr", type=float, default=lr, help="peak learning rate")
-    add("--warmup-ratio", type=float, default=0.03, help="share of steps before the peak")
+    add("--warmup-ratio", type=float, default=0.03, help="share of steps before the peak rate")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, on matrices only")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; 0: do not")
-    add("--seed", type=int, default=0, help="of initial values, data order and held-out rows")
+    add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm; 0: never")
+    add("--seed", type=int, default=0, help="for initial values, data order, held-out rows")
     add("--patience", type=int, default=0, help="stop after N evaluations without a lower loss")
     add = parser.add_argument_group("memory").add_argument
-    add("--micro-batch-tokens", type=int, default=4096, help="tokens of a forward pass on a GPU")
+    add("--micro-batch-tokens", type=int, default=4096, help="maximum in a forward pass on a GPU")
     add("--no-packing", action="store_true", help="pad examples instead of packing them")
     again = {"nargs": "?", "const": 10**6, "help": "recompute the activations of N blocks (or all)"}
     add("--gradient-checkpointing", type=int, default=0, metavar="N", **again)
@@ -120,12 +120,12 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--save-every", type=int, default=100, help="steps between checkpoints")
     add("--samples", type=int, default=2, help="held-out prompts to answer before and after")
     add("--resume", action="store_true", help="continue from the checkpoint in --output, if any")
-    add("--overwrite", action="store_true", help="replace what --output holds")
+    add("--overwrite", action="store_true", help="replace the run in --output")
     if chat:
         add = parser.add_argument_group("chat").add_argument
-        how = "talk with --model and --adapter; without a terminal, answer each line of stdin"
+        how = "chat with --model and --adapter; without a terminal, answer each line of stdin"
         add("--chat", action="store_true", help=how)
-        add("--chat-tokens", type=int, default=512, help="the most tokens of an answer")
+        add("--chat-tokens", type=int, default=512, help="maximum tokens of an answer")
         add("--chat-temperature", type=float, default=0.0, help="of sampling; 0: greedy")
     return parser
 
@@ -140,7 +140,7 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
     if args.inspect and not args.data:
         raise UserError("--inspect needs --data")
     if args.merge_only and not (args.model and args.adapter):
-        raise UserError("--merge-only needs --model, the base, and --adapter")
+        raise UserError("--merge-only needs --model (the base) and --adapter")
     if args.chat and not args.model:
         raise UserError("--chat needs --model")
     if args.inspect or args.merge_only or args.chat or args.model and args.data:
@@ -199,12 +199,12 @@ def open_source(name: str):
             digests.append((str(file), digest))
         return digests, (row for file in files for row in read_file(file))
     if path.exists() or suffix_of(path) in SUFFIXES or name[:1] in "./~":
-        raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file or folder of them")
+        raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file, or folder of such files")
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
     try:
         table = datasets.load_dataset(hub, config, split=split)
     except Exception as error:  # no network, no such name, no such split
-        problem = f"no such file, and not loaded from the Hub: {str(error).splitlines()[0]}"
+        problem = f"no such file, and loading from the Hub failed: {str(error).splitlines()[0]}"
         raise UserError(f"--data {name}: {problem}") from error
     rows = ((f"{name}: row {n}", drop_nulls(row)) for n, row in enumerate(table, 1))
     return table._fingerprint, rows
@@ -261,7 +261,7 @@ EMPTY = (None, "", [], {})
 
 def check_unused(left: dict, fields) -> None:
     if unused := [key for key in fields if left.get(key) not in EMPTY]:
-        raise ValueError(f"field {unused[0]!r} has a meaning, and is not used here")
+        raise ValueError(f"field {unused[0]!r} would be ignored. Rename or remove it")
 
 
 def to_message(message, role: str | None = None) -> dict:
@@ -394,11 +394,11 @@ def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
     field = next((key for key in (*PROMPTS, *LAYOUTS[0]) if key in left), None)
     prompt, context = take_prompt(left, field) if field else [], answers[0][:-1]
     if any(answer[:-1] != context for answer in answers):
-        raise ValueError("the answers do not have the same turns before their last one")
+        raise ValueError("the answers must have the same turns before their last one")
     if prompt and context and context[-len(prompt) :] != prompt:
-        raise ValueError(f"the turns before the answers are not those of {field!r}")
+        raise ValueError(f"the turns before the answers differ from those of {field!r}")
     if not (context or prompt) or any(answer[-1]["role"] != "assistant" for answer in answers):
-        raise ValueError("a preference has a prompt, and answers of the assistant")
+        raise ValueError("a preference needs a prompt and answers by the assistant")
     turns, tools = take_system_and_tools(left, context or prompt)
     margin = left.pop("margin", None) or 0.0
     if not isinstance(margin, int | float) or not math.isfinite(margin):
@@ -424,8 +424,11 @@ JOINED = """{% for m in messages %}{{ m['content'] }}
 
 
 def load_tokenizer(args):
-    """The tokenizer of --model, with a chat template and a pad token."""
-    tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
+    """The tokenizer of --adapter or --model, with a chat template, a pad token and --add-tokens."""
+    if args.adapter and (Path(args.adapter) / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.adapter)
+    else:
+        tokenizer = pretrained(transformers.AutoTokenizer, args.model or EXAMPLES / "tiny")
     if args.template:
         named = {"alpaca": ALPACA, "none": JOINED}.get(args.template)
         tokenizer.chat_template = named or Path(args.template).read_text(encoding="utf-8")
@@ -437,6 +440,9 @@ def load_tokenizer(args):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks go by position: eos stays a target
         say(f"the tokenizer has no pad token: using eos, {tokenizer.eos_token!r}")
+    for token in getattr(args, "add_tokens", []):
+        special = token in tokenizer.chat_template  # an end of turn is, a tag in answers is not
+        tokenizer.add_tokens(transformers.AddedToken(token, special=special, normalized=False))
     return tokenizer
 
 
@@ -469,14 +475,14 @@ def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> l
         if not text.startswith(prompt):  # the generation prompt may open a thinking block
             start = len(os.path.commonprefix([prompt, text]))
             if not text.startswith(render(turns[:i])):
-                raise ValueError("the chat template changes the prompt once its answer follows")
+                raise ValueError("the chat template changes the prompt when the answer is added")
         span = start, end_of_turn(tokenizer, text, start)
         text, spans = text[: span[1]], [span]
         if texts and text.startswith(texts[-1][0]):
             spans = texts.pop()[1] + spans
         texts.append((text, spans))
         if len(texts) > 64:  # each repeats all turns before it
-            raise ValueError("the chat template rewrites earlier turns: at most 64 answers a row")
+            raise ValueError("the chat template rewrites earlier turns: at most 64 answers per row")
     return texts
 
 
@@ -535,7 +541,7 @@ def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
     """-> documents as (ids, is_target); none where no answer is a target, or one is empty."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
     if any(turns[i].get("weight") not in (None, 0, 1) for i in answers):
-        raise ValueError("the weight of a message is 0 (context) or 1 (target)")
+        raise ValueError("the weight of a message must be 0 (context) or 1 (target)")
     answers = [i for i in answers if turns[i].get("weight") != 0]
     empty = [i for i in answers if not any(plain(turns[i].get(key) or "") for key in SAID)]
     if not answers or empty:
@@ -601,7 +607,8 @@ def encode_prompt(tokenizer, turns: list[dict], tools=None) -> list[int]:
 def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
     if max(ids) >= settings["vocab_size"]:
         token = tokenizer.convert_ids_to_tokens(max(ids))
-        raise ValueError(f"token {token!r} is beyond the model's {settings['vocab_size']} rows")
+        problem = f"token {token!r} is outside the vocabulary of {settings['vocab_size']}"
+        raise ValueError(f"{problem}: lora.py and sft.py can add tokens")
 
 
 PREFERENCE = EXAMPLE | {  # the columns of a data set of prompts, each with its answers
@@ -710,8 +717,9 @@ def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
     settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
-    settings |= {"merge_system": args.merge_system}
-    settings |= {"vocab_size": config.vocab_size, "loss_on": getattr(args, "loss_on", "answers")}
+    grown = len(tokenizer) if hasattr(args, "add_tokens") else 0
+    settings |= {"vocab_size": max(grown, config.vocab_size), "merge_system": args.merge_system}
+    settings |= {"loss_on": getattr(args, "loss_on", "answers")}
     settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
@@ -936,14 +944,14 @@ def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None
     tokens = sum(len(x) for ids in sample for x in ids) / max(1, passes)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     length = f" ({args.epochs:g} epochs of {len(train_set):,})" if args.max_steps is None else ""
-    say(f"{len(steps):,} steps of {args.batch_size} examples{length}, about {tokens:,.0f} tokens a "
-        f"pass, {where}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
+    say(f"{len(steps):,} steps of {args.batch_size} examples{length}, about {tokens:,.0f} tokens "
+        f"per forward pass, {where}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
     if args.demo or args.max_steps is not None:
         return
     if len(steps) < 30:
-        say("warning: few steps: try a smaller --batch-size, more --epochs or a higher --lr")
+        say("warning: few steps. Try a smaller --batch-size, more --epochs or a higher --lr")
     elif tokens < args.micro_batch_tokens / 2:
-        say("warning: passes are less than half full: a larger --batch-size may be faster")
+        say("warning: forward passes are less than half full. A larger --batch-size may be faster")
 
 
 def inspect_examples(train_set, tokenizer, count: int = 3) -> None:
@@ -1026,25 +1034,26 @@ def pretrained(auto_class, name: str, **options):
         raise
     except Exception as error:  # a broken folder fails in many ways
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        where = "" if Path(name).is_dir() else "no such folder, and not loaded from the Hub: "
+        where = "" if Path(name).is_dir() else "no such folder, and loading from the Hub failed: "
         raise UserError(f"--model {name}: {where}{reason}") from error
 
 
 def load_model(
     args, dtype, device, weights=None, shard: bool = False, offload: bool = False,
-    load_in_4bit: bool = False, method=None,
+    load_in_4bit: bool = False, method=None, vocab_size: int = 0,
 ):  # fmt: skip
     """A causal LM that computes in dtype, with `model.target_logps` bound to it (section 7). With
     method, a function: a model with one score per sequence, and this bound to it instead.
 
     weights: the dtype in which weights are kept, if not dtype: float32 where they train.
     shard: each rank keeps its part (`shard_model`). Rank 0 alone reads the files, the others
-    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. What sections
-    6 and 7 assume of a model is checked here, by trying.
+    receive. load_in_4bit: the linear layers are frozen in 4 bits, for an adapter. vocab_size: if
+    there are fewer embeddings, new ones are added. What sections 6 and 7 assume of a model is
+    checked here, by trying.
     """
     weights = None if args.chat else weights
     if load_in_4bit and (shard or weights):
-        raise UserError("a base in 4 bits needs an adapter, and every rank has a copy: no --shard")
+        raise UserError("a base in 4 bits needs an adapter, and excludes --shard and --offload")
     auto_class, options = transformers.AutoModelForCausalLM, {}
     if method:
         auto_class, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
@@ -1057,7 +1066,7 @@ def load_model(
         model, info = pretrained(auto_class, args.model, dtype=weights or dtype, **options)
         # transformers would make them random
         if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
-            raise UserError(f"--model {args.model}: no file has the weights {missing[0]}")
+            raise UserError(f"--model {args.model}: its files lack the weights {missing[0]}")
         model.to("cpu" if shard or load_in_4bit else device)
     else:
         with torch.device("meta"):
@@ -1066,6 +1075,8 @@ def load_model(
         say("a multimodal model: only its language part trains, on text")
         model.base_model.requires_grad_(False)
         decoder.requires_grad_(True)
+    if vocab_size > len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(vocab_size, mean_resizing=RANK == 0)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
@@ -1234,7 +1245,7 @@ def check_model(model, args, exact: bool) -> None:
         difference, size = (x.abs().mean() for x in (found - torch.cat(expected), found))
         if difference <= (1e-5 if exact else 0.02) * size:
             return
-        problem += f"log-probabilities are {difference:.3g} nats from the model's own"
+        problem += f"log-probabilities differ by {difference:.3g} nats from the model's own"
     except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
         problem += str(error)
     raise UserError(problem + ("" if args.no_packing else "; --no-packing may help"))
@@ -1259,7 +1270,7 @@ def stretch_attention(
     unknown -= {"position_ids", "use_cache", "cache_position", "output_attentions"}
     wrong = attention_mask is not None or stretches is None or not getattr(module, "is_causal", 1)
     if unknown or wrong:
-        raise NotImplementedError(f"packed attention does not know {unknown or 'this mask'}")
+        raise NotImplementedError(f"packed attention does not support {unknown or 'this mask'}")
     if torch.is_autocast_enabled(query.device.type):  # rotary embedding made float32 of them
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -1337,6 +1348,13 @@ def own_attention(model):
 LOGITS_AT_ONCE = 2**25  # elements of a chunk: 128 MiB in float32
 
 
+def chunk_size(weight, trains: bool = False) -> int:
+    """Positions of a chunk, a multiple of 128 for the GPU's products. If W trains, at least d / 4:
+    each chunk reads and writes the V d numbers of its gradient."""
+    size = max(1, LOGITS_AT_ONCE // len(weight), weight.shape[1] // 4 if trains else 0)
+    return size // 128 * 128 or size
+
+
 def chunk_logps(hidden, weight, bias, targets, with_slope: bool):
     """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and onehot - softmax(z) (C, V),
     which overwrites the logits, or None."""
@@ -1355,7 +1373,7 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         learns, trains = ctx.needs_input_grad[:2]
-        with_rows, size = learns and not trains, max(1, LOGITS_AT_ONCE // len(weight))
+        with_rows, size = learns and not trains, chunk_size(weight, trains)
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
         for n in range(0, len(hidden), size):
@@ -1373,7 +1391,7 @@ class LinearLogps(torch.autograd.Function):
             (rows,) = ctx.saved_tensors
             return rows * grad[:, None].to(rows.dtype), None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, size = torch.empty_like(hidden), max(1, LOGITS_AT_ONCE // len(weight))
+        grad_hidden, size = torch.empty_like(hidden), chunk_size(weight, trains=True)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for n in range(0, len(hidden), size):
             part = slice(n, n + size)
@@ -1396,7 +1414,7 @@ def linear_logps(hidden, weight, bias, targets, softcap=None):
     hidden (N, d), weight (V, d), bias (V,) or None."""
     if not softcap and (bias is None or not bias.requires_grad):
         return LinearLogps.apply(hidden, weight, bias, targets)
-    size = max(1, LOGITS_AT_ONCE // len(weight))
+    size = chunk_size(weight, weight.requires_grad)
     chunks = zip(hidden.split(size), targets.split(size))
     again = functools.partial(checkpoint, capped_logps, use_reentrant=False)
     return torch.cat([again(h, weight, bias, t, softcap) for h, t in chunks])
@@ -1447,7 +1465,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             found = [x for x in layers if name == "all-linear" or f".{x}".endswith(f".{name}")]
         if not found:
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
-            raise UserError(f"{flag}: {name!r} matches no linear layer; there are {known}")
+            raise UserError(f"{flag}: {name!r} matches no linear layer; the model has {known}")
         chosen.update(found)
     return [layer for layer in layers if layer in chosen], layers
 
@@ -1465,30 +1483,82 @@ def say_unreached(model) -> None:
         say(f"no adapter reaches {', '.join(sizes)}: {count} (qlora.py keeps them in 16 bits)")
 
 
-def add_adapter_flags(parser, prefix: str = "", rank: int = 16, shard: bool = True) -> None:
+def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
-    zero = "; 0 trains every parameter" if prefix else ""
+    zero = "; 0: train all parameters" if prefix else ""
     add(f"--{prefix}rank", dest="rank", type=int, default=rank, help=f"rank of the update{zero}")
     scale = "the update is scaled by alpha / rank"
     add(f"--{prefix}alpha", dest="alpha", type=float, default=32.0, help=scale)
-    add(f"--{prefix}dropout", dest="dropout", type=float, default=0.0, help="on the update's input")
-    where = "layers to adapt: all-linear (but the head), q_proj,v_proj or a regular expression"
+    add(f"--{prefix}dropout", dest="dropout", type=float, default=0.0, help="of the update's input")
+    where = "layers to adapt: all-linear (not the head), q_proj,v_proj or a regular expression"
     add("--targets", default="all-linear", help=where)
     start = "start from this adapter, ours or PEFT's, with its rank, alpha and targets"
     add("--adapter", metavar="FOLDER", help=start)
+    if add_tokens:
+        new = "tokens to add, whose embeddings train; special if the chat template writes them"
+        add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
-        part = "under torchrun, each rank has a part of the weights"
+        part = "under torchrun, split the weights over the ranks"
         add("--shard", action="store_true", help=part)
     if not prefix:
         merge = "add --adapter to --model, save the merged model in --output, and exit"
         add("--merge-only", action="store_true", help=merge)
 
 
-def add_adapter(model, args, layer, device) -> dict:
+class NewRows(nn.Module):
+    """A frozen embedding or output head in which the rows of some tokens train. Ids past its end
+    are new tokens, which start at the mean row. Reading `weight` makes a copy of all V rows."""
+
+    bias = property(lambda self: self.base.bias)  # of a head
+
+    def __init__(self, base: nn.Module, ids: list[int]):
+        super().__init__()
+        w = whole(base.weight.detach()).float()  # (V, d)
+        mean, self.size = w.mean(0), max(len(w), max(ids) + 1)
+        rows = torch.stack([w[i] if i < len(w) else mean for i in ids])
+        self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # PEFT's name
+        self.base, self.ids = base, ids
+
+    @property
+    def weight(self):
+        rows, w = self.token_adapter["trainable_tokens_delta"], self.base.weight
+        w, ids = F.pad(w, (0, 0, 0, self.size - len(w))), torch.tensor(self.ids, device=w.device)
+        return w.index_copy(0, ids, rows.to(w.dtype))
+
+    def forward(self, x):
+        return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
+
+    def merged(self) -> nn.Module:
+        self.base.weight.data = self.weight.detach()  # the same tensor in a tied head
+        return self.base
+
+
+def add_new_rows(model, args, tokenizer, config: dict) -> dict:
+    """Train the rows of --add-tokens, of tokens that the model lacks, and those that --adapter's
+    config names. -> the field of such a config. A tied head shares the rows, and is not in it."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied, ids = head.weight is embedding.weight, config.get("trainable_token_indices") or []
+    ids = sum(ids.values(), []) if isinstance(ids, dict) else ids
+    ids = [*ids, *tokenizer.convert_tokens_to_ids(args.add_tokens)]
+    ids = list(dict.fromkeys([*ids, *range(len(embedding.weight), len(tokenizer))]))
+    if not ids:
+        return {}
+    names = [name for name, layer in model.named_modules() if layer in (embedding, head)]
+    for name in names:
+        model.set_submodule(name, NewRows(model.get_submodule(name), ids))
+    if tied:
+        model.get_output_embeddings().token_adapter = model.get_input_embeddings().token_adapter
+    names = [name.rpartition(".")[2] for name in names[: 1 if tied else 2]]
+    return {"trainable_token_indices": dict.fromkeys(names, ids)}
+
+
+def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     """Freeze the model and put layer(linear, rank, alpha, dropout) around every target, or as
-    --adapter has it, with its tensors. -> what trains, as fields of PEFT's LoraConfig"""
+    --adapter has it, with its tensors. With a tokenizer, also train the rows of --add-tokens and
+    of tokens that the model lacks. -> what trains, as fields of PEFT's LoraConfig"""
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
+    config = {}
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
         tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
@@ -1500,12 +1570,15 @@ def add_adapter(model, args, layer, device) -> dict:
     adapted, _ = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
+    more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
-    return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-            "target_modules": target_modules(adapted, model), "bias": "none"}  # fmt: skip
+    return more | {
+        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
+        "target_modules": target_modules(adapted, model), "bias": "none",
+    }  # fmt: skip
 
 
 def target_modules(adapted: list[str], model) -> list[str]:
@@ -1520,7 +1593,7 @@ def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
     if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
-        odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["ranks"]
+        odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
         raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
     for name, p in trained.items():
         p.data = tensors.get(name, p.data).to(device, p.dtype)
@@ -1537,18 +1610,19 @@ def whole(tensor):
 
 
 def fingerprint(model) -> str:
-    """A hash that identifies a base model: its sizes, and the first and last 64 rows of its
-    input embedding in bfloat16."""
+    """A hash that identifies a base model, without new tokens: its sizes, and the first and last
+    64 rows of its input embedding in bfloat16."""
     names = "model_type vocab_size hidden_size intermediate_size num_hidden_layers".split()
     sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
-    weight = whole(model.get_input_embeddings().weight.detach())
+    embedding = model.get_input_embeddings()
+    weight = whole(getattr(embedding, "base", embedding).weight.detach())
     rows = torch.cat([weight[:64], weight[-64:]]).to(torch.bfloat16).cpu().view(torch.int16)
     return hashlib.sha256(json.dumps(sizes).encode() + rows.numpy().tobytes()).hexdigest()[:32]
 
 
 # Parts of other tools' adapters that are not read.
 UNREAD = """fan_in_fan_out rank_pattern alpha_pattern modules_to_save bias lora_bias
-target_parameters trainable_token_indices layer_replication alora_invocation_tokens""".split()
+target_parameters layer_replication alora_invocation_tokens""".split()
 
 
 def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -1567,18 +1641,38 @@ def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, 
     unread = [key for key in UNREAD if config.get(key) not in (*EMPTY, False, "none")]
     if hasattr(model, "score") and "modules_to_save" in unread:
         unread.remove("modules_to_save")  # the head
+    if "ADALORA" in peft_types and "rank_pattern" in unread:
+        unread.remove("rank_pattern")  # the tensors' shapes tell
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
         unread.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
     if unread:
-        raise UserError(f"--adapter {folder} has {unread[0]}, unknown to this script")
+        raise UserError(f"--adapter {folder} has {unread[0]}, which this script does not support")
     base = metadata.get("base_fingerprint")
     if base is None:
-        say(f"{folder} names no base fingerprint: assuming that it belongs to this model")
+        say(f"{folder} has no base fingerprint: assuming that --model is its base")
     elif base != fingerprint(model):
         name = config.get("base_model_name_or_path")
         raise UserError(f"--adapter {folder} was trained on another base: {name}")
     tensors = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
     return config | metadata, tensors
+
+
+def save_tokenizer(model, tokenizer, folder: Path) -> None:
+    """With generation_config.json. eos is what ends an answer: bases name another token than
+    their template's end of turn, or none."""
+    if model.can_generate():  # not a reward model
+        config, stop = model.generation_config, stop_ids(model, tokenizer)
+        own = config.eos_token_id
+        if stop[0] not in (own if isinstance(own, list) else [own]):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop[0])
+        config.eos_token_id = stop if len(stop) > 1 else stop[0]
+        config.pad_token_id = tokenizer.pad_token_id
+        try:
+            config.validate(strict=True)
+        except ValueError:  # some bases set a temperature but forget do_sample
+            config.do_sample = True
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
@@ -1595,7 +1689,8 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(model, tokenizer, folder)
+        add_old_names(folder)
 
     write_result(Path(args.output), write)
     say(f"the adapter is in {args.output}")
@@ -1610,26 +1705,20 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     once = dict([*model.named_parameters(), *model.named_buffers()])  # without a tied head
     state = {name: x for name, x in state.items() if name in once}
     state = {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
-    if model.can_generate():  # not a reward model
-        config = model.generation_config
-        stop, config.pad_token_id = stop_ids(model, tokenizer), tokenizer.pad_token_id
-        config.eos_token_id = stop if len(stop) > 1 else stop[0]
-        try:
-            config.validate(strict=True)
-        except ValueError:  # some bases set a temperature but forget do_sample
-            config.do_sample = True
+    model.config.get_text_config().vocab_size = len(model.get_input_embeddings().weight)
 
     def write(folder: Path) -> None:
+        save_tokenizer(model, tokenizer, folder)
         with own_attention(model):  # other programs do not know ours
             model.save_pretrained(folder, state_dict=state)
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(text, indent=2), encoding="utf-8")
-        tokenizer.save_pretrained(folder)
         for kind in ("preprocessor", "processor", "video_preprocessor"):  # of a multimodal model
             with suppress(OSError):
                 found = transformers.utils.cached_file(args.model, f"{kind}_config.json")
                 shutil.copy(found, folder)
+        add_old_names(folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
@@ -1647,6 +1736,29 @@ def say_how_to_chat(args, model, *words: str) -> None:
     words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
     if model.can_generate() and not args.merge_only:
         say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
+
+
+def add_old_names(folder: Path) -> None:
+    """Settings that transformers 5 has renamed, also under the names that 4 reads. It would not
+    know the tokenizer's class, and silently take its default rope_theta."""
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        for part in (config, config.get("text_config") or {}):
+            rope = dict(part.get("rope_parameters") or {})
+            if "full_attention" in rope:  # Gemma 3
+                part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+                rope = dict(rope["full_attention"])
+            top = {"rope_theta", "partial_rotary_factor"} & rope.keys()
+            part |= {key: rope.pop(key) for key in top}
+            kind = rope.pop("rope_type", "default")
+            more = {key: x for key, x in rope.items() if key != "type" and key not in part}
+            if more or kind != "default":
+                part["rope_scaling"] = {"type" if kind == "longrope" else "rope_type": kind} | more
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -1689,7 +1801,7 @@ def check_output(args) -> None:
     """Refuse an --output that holds an unfinished run or a result, unless told to go on."""
     output, metrics = Path(args.output), Path(args.output) / "metrics.jsonl"
     if output.resolve() in [Path(name).resolve() for name in (args.model, args.adapter) if name]:
-        raise UserError(f"--output {output} is what this run reads: choose another")
+        raise UserError(f"--output {output} is what this run reads: choose another folder")
     done = metrics.exists() and '{"done": true' in metrics.read_text(encoding="utf-8")
     unfinished = checkpoints(args) or metrics.exists() and not done
     if args.overwrite or args.resume and unfinished:
@@ -1722,7 +1834,7 @@ def sum_gradients(model) -> None:
     fail if a trainable parameter got none."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if lost := [name for name, p in trained.items() if p.grad is None]:
-        raise UserError(f"{len(lost)} trainable parameters get no gradient, {lost[0]} first")
+        raise UserError(f"{len(lost)} trainable parameters get no gradient, among them {lost[0]}")
     gradients = [p.grad for p in trained.values() if not isinstance(p, DTensor)]
     if RANKS > 1 and gradients:
         flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -1884,6 +1996,7 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
     Atomic: a run that is killed leaves the old file or the new one. step-N replaces older ones."""
     weights, states = dcp.get_state_dict(model, optimizers, options=SAVE)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    trained |= {key for key, _ in model.named_buffers()}  # AdaLoRA's importance
     weights = {key: x for key, x in weights.items() if key in trained}  # no frozen tied head
     if not all(x.isfinite().all() for x in weights.values()):
         raise UserError(f"step {run['step']}: weights are not finite. Try a lower --lr")
@@ -1921,15 +2034,20 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
         except Exception as error:  # a damaged file fails in many ways
             damaged = repr(error)
         if damaged:
-            raise UserError(f"{path} is damaged ({damaged:.60}): --overwrite starts anew")
+            raise UserError(f"{path} is damaged ({damaged:.60}): --overwrite starts over")
     run = share(content["run"])
     for key, now in fixed.items():
         if run["fixed"].get(key) != now:
             was = f", {now}, was {run['fixed'].get(key)}" if key[0] == "-" else ""
-            way_out = "To go on with other settings: --adapter OLD (or --model OLD) --output NEW"
+            way_out = "To continue with other settings: --adapter OLD (or --model OLD) --output NEW"
             raise UserError(f"--resume: {key} differs from the stopped run's{was}. {way_out}")
     dcp.set_model_state_dict(model, content["model"], options=LOAD)
     dcp.set_optimizer_state_dict(model, optimizers, content["optimizer"], options=LOAD)
+    for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+        for p, state in optimizer.state.items() if getattr(optimizer, "is_paged", False) else ():
+            for key in {"state1", "state2"} & state.keys():  # bitsandbytes': now not paged
+                buffer = optimizer.get_state_buffer(p, state[key].dtype)
+                state[key] = buffer.copy_(state[key])
     return run
 
 

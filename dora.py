@@ -3,28 +3,28 @@
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv 2402.09353), eq. 5, 11:
 
     W' = m * V / ||V||,    V = W0 + s B A,    ||V|| the norm of each output row
-    y  = (m / ||V||) * (W0 x + s B A dropout(x)) + bias        computed without W' and V
+    y  = (m / ||V||) * (W0 x + s B A dropout(x)) + bias        without computing W' or V
 
     W0  base.weight            (out, in)       frozen, in bfloat16 on a GPU
     A   lora_A.weight          (r, in)         float32, as in lora.py;  s = alpha / r
     B   lora_B.weight          (out, r)        float32, zero
     m   lora_magnitude_vector  (out,)          float32, starts at ||W0||
 
-    ||V_i||^2 = ||W0_i||^2 + (2 s W0 A^T + s^2 B A A^T)_i . B_i       of every row i, without V
+    ||V_i||^2 = ||W0_i||^2 + (2 s W0 A^T + s^2 B A A^T)_i . B_i       for every row i, without V
 
 Choices and departures from the paper
-  - ||V|| is a constant for the gradient (section 4.3): less memory, and another gradient.
-  - The paper writes a norm of each column; its code, PEFT and this script take one of each
-    output row: m is (out,). The bias is not scaled: it is no part of W.
-  - Dropout acts on A's input alone; PEFT's also on the x of (m / ||V|| - 1) W0 x.
+  - No gradient flows through ||V|| (section 4.3). This saves memory and changes the gradient.
+  - The paper writes one norm per column. The authors' code, PEFT and this script use one per
+    output row, so m is (out,). The bias is not scaled, as it is not part of W.
+  - Dropout acts on A's input only. PEFT's also acts on the x in (m / ||V|| - 1) W0 x.
 
 Questions people ask
-  What does it buy?   In the paper, LoRA's changes of magnitude and of direction grow together;
-                      those of full fine-tuning do not, and DoRA's are like them. It trains one
-                      more number for each output row, and is slower than LoRA.
+  Why not LoRA?       In the paper, LoRA layers that change more in magnitude also change more in
+                      direction. In full fine-tuning and DoRA they do not. DoRA trains one more
+                      number per output row and is slower than LoRA.
 
-Measured: `python dora.py` answers 0 of 100 held-out prompts exactly before, and 100, 100 and 100
-after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
+Measured: `python dora.py` answers 0 of 100 held-out prompts exactly before training, and 100, 100
+and 100 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
     python dora.py                                     # the bundled model learns a task
     python dora.py --model BASE --data train.jsonl     # BASE: a folder or a Hub name
@@ -57,7 +57,7 @@ class DoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / rank
 
-    @torch.no_grad()  # a constant for the gradient
+    @torch.no_grad()  # no gradient flows through ||V||
     def direction_norm(self) -> torch.Tensor:
         """||V||, (out,) float32"""
         W0, A, B, s = self.base.weight, self.lora_A.weight, self.lora_B.weight, self.scaling
@@ -77,7 +77,7 @@ class DoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with W' for its weight, in float32 and rounded once."""
+        """The base layer with weight W', computed in float32 and rounded once."""
         V = self.base.weight.float() + self.scaling * self.lora_B.weight @ self.lora_A.weight
         scale = self.lora_magnitude_vector / V.norm(dim=1).clamp(min=1e-6)
         self.base.weight.copy_(scale[:, None] * V)
@@ -135,7 +135,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -148,7 +148,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -158,7 +158,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -167,7 +167,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -178,7 +178,7 @@ def train(args) -> None:
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -188,11 +188,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -206,7 +206,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -217,7 +217,7 @@ def print_samples(before, after) -> None:
 
 
 def merge(args) -> None:
-    """--merge-only: the base with W' for its adapted weights, in the base's dtype."""
+    """--merge-only: replace the adapted weights by W' and save them in the base's dtype."""
     device, _ = common.setup(args)
     tokenizer = common.load_tokenizer(args)
     model = common.load_model(args, "auto", device)

@@ -8,56 +8,56 @@ Model" (arXiv 2305.18290), equation 7:
 
     x            the prompt              y_w, y_l   better, worse (P,): the answers of a pair
     log pi(y|x)  policy     (S,)         the SUM over an answer's tokens, end of turn included
-    log ref      reference  (S,)         the same, of the frozen model that training starts from
-    beta         --beta                  how near to the reference the policy stays
+    log ref      reference  (S,)         the same, for the frozen model that training starts from
+    beta         --beta                  larger values keep the policy nearer to the reference
 
 Why this is reward learning
   Bradley and Terry: y_w beats y_l with probability sigmoid(r(x, y_w) - r(x, y_l)). The policy that
   maximises E[r] - beta KL(pi || ref) is known: pi(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x).
-  Solved for the reward, r(x, y) = beta log [pi(y|x) / ref(y|x)] + beta log Z(x). Z(x), a sum over
-  all answers, cannot be computed, but both answers have the same x: in r(x, y_w) - r(x, y_l) it
-  cancels, and beta h is left. So L fits a reward model, beta log (pi / ref), whose best policy is
-  pi itself. Its gradient is - beta sigmoid(-beta h) d/dw [log pi(y_w|x) - log pi(y_l|x)]: y_w goes
-  up and y_l down, and a pair counts the more, the more wrong its order still is.
+  Hence r(x, y) = beta log [pi(y|x) / ref(y|x)] + beta log Z(x). Z(x), a sum over all answers,
+  cannot be computed. But it is the same for both answers, so r(x, y_w) - r(x, y_l) = beta h. L
+  fits the reward model beta log (pi / ref), whose optimal policy is pi. The gradient of L is
+  - beta sigmoid(-beta h) grad [log pi(y_w|x) - log pi(y_l|x)]: y_w becomes more likely and y_l less
+  likely, and a pair counts more if its order is still wrong.
 
 Shared prompts
-  The answers to a prompt read the same tokens. They are computed once, not once an answer:
+  All answers to a prompt read the same prompt tokens. These are computed once, not per answer:
 
     tokens     [ prompt | answer 1 | answer 2 ]     three stretches of one sequence
-    positions  0 .. P-1   P ..       P ..           each answer continues the prompt
+    positions  0 .. n-1   n ..       n ..           each answer continues the prompt
 
-  A token sees the tokens before it in its own stretch; an answer also sees its prompt, and never
-  the other answer (common.stretch_attention). The prompt's last position predicts the first token
-  of every answer. No prompt token depends on an answer, so losses and gradients are those of two
-  separate sequences; the gradients of both answers add up in the prompt's keys and values.
+  A token sees the tokens before it in its own stretch. An answer also sees its prompt, never the
+  other answer (common.stretch_attention). The prompt's last position predicts the first token of
+  every answer. No prompt token depends on an answer, so losses and gradients are those of two
+  separate sequences. Gradients of both answers add up in the prompt's keys and values.
 
 Variants
-  --label-smoothing E  cDPO (Mitchell 2023): a share E of the labels is wrong,
+  --label-smoothing E  cDPO (Mitchell 2023), for a share E of wrong labels:
                        - (1 - E) log sigmoid(beta h) - E log sigmoid(-beta h)
-  --loss ipo           IPO (arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2, h from averages
-                       over tokens.
-  --loss simpo         SimPO (arXiv 2405.14734, equation 6): - log sigmoid(beta h - gamma), h from
-                       averages over tokens and without a reference. Try --beta 2.
+  --loss ipo           IPO (arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2, with h from
+                       means over tokens.
+  --loss simpo         SimPO (arXiv 2405.14734, equation 6): - log sigmoid(beta h - gamma), with h
+                       from means over tokens and without a reference. Try --beta 2.
 
 Choices and departures from the paper
-  - With LoRA the reference is the same weights with the adapter switched off, or with a frozen
-    copy of the adapter of --adapter. Where every parameter trains, its log-probabilities are
-    computed once before training. There is no second model.
+  - There is no second model. With LoRA, the reference is the base without an adapter, or with a
+    frozen copy of --adapter. If all parameters are trained, the reference's log-probabilities are
+    computed once, before training.
 
 Questions people ask
   Sum or mean?     The sum over an answer's tokens, the mean over prompts. The pairs of ranked
                    "responses" together weigh as much as one pair.
   Loss at step 0?  ln 2, as policy and reference are equal. IPO starts at 1 / (4 beta^2).
-  Which rate?      About 1e-6 where every parameter trains, 1e-5 to 5e-5 with --lora-rank.
-  Both log-probabilities fall?  The loss sees their difference alone. Where chosen_logps falls far,
-                   answers lose their form: lower --lr, or a larger --beta.
+  Which --lr?      About 1e-6 for all parameters, 1e-5 to 5e-5 with --lora-rank.
+  Both log-probabilities fall?  The loss depends only on their difference. If chosen_logps falls
+                   far, answers get worse. Try a lower --lr or a larger --beta.
 
-Measured: `python dpo.py` takes the accuracy on 105 held-out pairs from 0.50 (all tie) to 0.91, 0.92
-and 0.92 with seeds 0, 1 and 2, and chosen_logps from -3.5 to -3.3 (two CPU cores, torch 2.13,
-2026-11-26). Shared prompts, SmolLM2-135M with --lora-rank 16 on examples/preferences.jsonl: 1.55
-times fewer tokens, and 1.39 times less CPU time a step (median of 7 pairs).
+Measured: `python dpo.py` raises the accuracy on 105 held-out pairs from 0.50 (all ties) to 0.91,
+0.92 and 0.92, and chosen_logps from -3.5 to -3.3 (--seed 0, 1, 2; two CPU cores, torch 2.13,
+2026-11-26). With SmolLM2-135M, --lora-rank 16 and examples/preferences.jsonl, sharing prompts
+takes 1.55 times fewer tokens and 1.39 times less CPU time per step (median of 7 comparisons).
 
-    python dpo.py                                       # the bundled model learns to be kind
+    python dpo.py                                       # the bundled model writes kind reviews
     python dpo.py --model CHAT --data pairs.jsonl --lora-rank 16 --lr 2e-5
 """
 
@@ -85,7 +85,7 @@ def preference_loss(h, kind="sigmoid", beta=0.1, label_smoothing=0.0, gamma=1.0)
 
 # --- the reference of LoRA ---
 def reference_layers(model, args) -> list[tuple]:
-    """(LoRA layer, the reference's forward): its base's, or that of a frozen copy of --adapter."""
+    """(LoRA layer, its forward in the reference): the base's, or that of a copy of --adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not args.adapter:
         return [(layer, layer.base.forward) for layer in layers]
@@ -95,7 +95,7 @@ def reference_layers(model, args) -> list[tuple]:
 
 @contextmanager
 def as_reference(layers: list[tuple]):
-    """The LoRA layers compute as the reference, temporarily and without gradients."""
+    """Temporarily make the LoRA layers compute the reference, without gradients."""
     for layer, forward in layers:
         layer.forward = forward
     with torch.no_grad():
@@ -108,8 +108,8 @@ def as_reference(layers: list[tuple]):
 
 
 def add_reference(model, dataset, steps, args, device):
-    """The dataset with a column `reference`, log ref of every stretch, computed in the passes of
-    these steps: in bfloat16 a log-probability depends a little on the rest of its pass."""
+    """Add a column `reference`: log ref of every stretch, computed in the forward passes of these
+    steps, as in bfloat16 a log-probability depends a little on the rest of the pass."""
     width, seen = max(map(len, dataset["stretches"][:])), set()
     reference = torch.zeros(len(dataset), width, device=device)
     with common.evaluating(model):
@@ -128,12 +128,12 @@ def add_reference(model, dataset, steps, args, device):
 
 
 def pair_figures(model, batch: dict, layers: list[tuple], args) -> dict[str, torch.Tensor]:
-    """What a forward pass adds to the loss and the metrics, as sums over its prompts. batch has
-    its `examples`, with stretches, is_target and perhaps reference, and what target_logps takes.
-    layers: of the reference, with LoRA."""
+    """Loss and metrics of a forward pass, as sums over its prompts. batch: the pass's `examples`,
+    with stretches, is_target and perhaps reference, and the inputs of target_logps. layers: see
+    `reference_layers`."""
     device, examples = batch["input_ids"].device, batch.pop("examples")
     stretch, length, better, worse, weight, _ = common.find_pairs(examples, device)
-    if layers:  # before the policy's pass, of which autograd keeps the activations
+    if layers:  # before the policy's forward pass, whose activations autograd keeps
         with as_reference(layers):
             reference = common.sum_stretches(model.target_logps(**batch), stretch, length)
     else:  # SimPO has no reference
@@ -192,7 +192,7 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     lora = args.rank or args.adapter
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
-    weights = None if lora else torch.float32  # masters, if they train
+    weights = None if lora else torch.float32  # float32 masters, if trained
     options = {"offload": args.offload, "load_in_4bit": args.load_in_4bit}
     model = common.load_model(args, dtype, device, weights, shard, **options)
     common.disable_dropout(model)
@@ -232,7 +232,7 @@ def train(args) -> None:
             group["lr"] = lr
         examples, figures = train_set[steps[step - 1]], {}
         num_prompts = len(steps[step - 1])  # of all forward passes and ranks
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             part = measure(batch)
             (part["loss"] / num_prompts).backward()  # a mean over the step's prompts
             for name, value in part.items():
@@ -246,7 +246,7 @@ def train(args) -> None:
         log.step_done(examples, lr=lr, grad_norm=grad_norm, **figures)
 
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             held_out = held_out_figures(model, eval_set, measure, args, device)
             log.evaluation(**held_out)
             if args.patience and held_out["loss"] < run["best_loss"]:
@@ -256,7 +256,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -265,7 +265,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -279,7 +279,7 @@ def train(args) -> None:
 
 # --- held-out figures ---
 def held_out_figures(model, eval_set, measure, args, device) -> dict[str, float]:
-    """The figures of measure(batch), as means over the held-out prompts."""
+    """Means of what measure(batch) sums, over the held-out prompts."""
     figures = {}
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -310,7 +310,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[dict[s
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, texts in enumerate(after[:3]):
         texts = texts | ({"before training": before[n]["after"]} if before else {})
         keys = [key for key in TITLES if key in texts]
@@ -324,12 +324,12 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/dpo", lr=1e-6)
     parser.set_defaults(epochs=1.0)
     add = parser.add_argument_group("DPO").add_argument
-    add("--beta", type=float, default=0.1, help="how near to the reference the policy stays")
-    add("--loss", choices=["sigmoid", "ipo", "simpo"], default="sigmoid", help="sigmoid: DPO's")
-    add("--label-smoothing", type=float, default=0.0, help="share of wrong labels, in DPO's loss")
+    add("--beta", type=float, default=0.1, help="larger: nearer to the reference")
+    add("--loss", choices=["sigmoid", "ipo", "simpo"], default="sigmoid", help="sigmoid is DPO")
+    add("--label-smoothing", type=float, default=0.0, help="cDPO: share of wrong labels")
     add("--gamma", type=float, default=1.0, help="the margin of --loss simpo")
-    add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
-    add("--load-in-4bit", action="store_true", help="the base in 4 bits, with --lora-rank")
+    add("--offload", action="store_true", help="keep weights and optimizer states in host memory")
+    add("--load-in-4bit", action="store_true", help="base in 4 bits; needs an adapter")
     common.add_adapter_flags(parser, prefix="lora-", rank=0)
     pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 5e-5, "samples": 3}
     train(common.parse_args(parser, argv, demo=pairs))

@@ -1,17 +1,17 @@
 """Full fine-tuning: train every parameter, on one device or sharded over many.
 
-The method is the optimizer's: AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101),
+The method is the optimizer, AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101),
 
     m = b1 m + (1 - b1) g              m' = m / (1 - b1^t)
     v = b2 v + (1 - b2) g^2            v' = v / (1 - b2^t)
     w = w - lr ( m' / (sqrt(v') + eps) + decay w )
 
     w   the parameters       g   their gradient          m, v   running means of g and g^2
-    t   the step, from 1     lr  --lr, scheduled         decay  --weight-decay, of matrices alone
+    t   the step, from 1     lr  --lr, scheduled         decay  --weight-decay, on matrices only
     b1 = 0.9, b2 = 0.999, eps = 1e-8
 
-PyTorch has this update. The script shows where weights, gradients and states are kept, and in
-which precision (bytes per parameter):
+PyTorch implements this update. The script is about where weights, gradients and optimizer states
+are kept, and in which precision (bytes per parameter):
 
     mode                              weights  gradients  m and v  together
     float32 masters (default)            4         4         8        16
@@ -24,33 +24,33 @@ which precision (bytes per parameter):
       --step-in-backward                 2        (2)        2         4
 
     Indented rows add their flag to the mode above. On CUDA the masters' bfloat16 copies take 2
-    more between forward and backward. --l2-sp adds the start w0: 4 (2 with --pure-bfloat16).
+    more between forward and backward. --l2-sp also keeps w0: 4 more (2 with --pure-bfloat16).
 
---train PATTERN trains only the parameters in whose names a regular expression is found: selective
-methods, such as BitFit (Ben Zaken et al. 2021, arXiv 2106.10199), --train bias, of models that
-have biases. What does not train has no gradient, m or v, and stays in the dtype of the forward
-pass (but float32 under FSDP2).
+--train PATTERN trains only the parameters whose names contain a match of the regular expression.
+This gives selective methods such as BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): --train
+bias, for models that have biases. Frozen parameters have no gradient, m or v, and stay in the
+dtype of the forward pass (float32 under FSDP2).
 
 Choices and departures from the papers
-  - Weights are float32 "masters": the forward pass computes in bfloat16 on a GPU, updates are
-    added in float32.
-  - Against forgetting, --l2-sp ALPHA adds ALPHA ||w - w0||^2 to the loss, which pulls towards the
-    pretrained w0 (Li et al. 2018, arXiv 1802.01483, without their factor 1/2). It is added as a
-    gradient: the logged loss is without it, the gradient's norm with it. Replay mixes general
-    rows in: --data mine.jsonl general.jsonl:0.2.
+  - Weights are float32 "masters": on a GPU, the forward pass computes in bfloat16, and updates
+    are added in float32.
+  - Against forgetting, --l2-sp ALPHA adds ALPHA ||w - w0||^2 to the loss, which pulls w towards
+    the pretrained w0 (Li et al. 2018, arXiv 1802.01483, without their factor 1/2). The logged
+    loss does not include this term, but the logged gradient norm does. Another way is to mix
+    general rows in: --data mine.jsonl general.jsonl:0.2.
 
 Questions people ask
-  Why masters?       bfloat16 keeps 8 significant bits, so w + u == w wherever |u| is below about
-                     |w| / 512: at a rate of 1e-5, most weights would not move.
-  Sum or mean?       The loss is the mean over all target tokens of an optimizer step, over all
-                     forward passes and GPUs.
-  What is saved?     The weights in the dtype of the forward pass (bfloat16 on a GPU). float32
-                     masters are in checkpoint/ only. With --train, trained.safetensors has the
-                     changed weights alone: model.load_state_dict(..., strict=False) adds them.
-  Which rate?        1e-5 to 5e-5 for pretrained models; LoRA takes ten times that.
+  Why masters?       bfloat16 has 8 significant bits, so w + u == w if |u| is below about |w| / 512.
+                     At a learning rate of 1e-5, most weights would not change.
+  Sum or mean?       The loss is the mean over all target tokens of an optimizer step, in all its
+                     forward passes and on all GPUs.
+  What is saved?     The weights in the dtype of the forward pass (bfloat16 on a GPU). The float32
+                     masters are only in checkpoint/. With --train, trained.safetensors has only
+                     the trained weights: model.load_state_dict(..., strict=False) loads them.
+  Which --lr?        1e-5 to 5e-5 for pretrained models. LoRA needs about ten times as much.
 
-Measured: `python full_ft.py` answers 0 of 100 held-out prompts exactly before, and 100, 100 and 100
-after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). Memory of a 7B on an H100: README.
+Measured: `python full_ft.py` answers 0 of 100 held-out prompts exactly before training, and 100,
+100 and 100 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). A 7B: tests/RESULTS.md.
 
     python full_ft.py                                           # the bundled model learns a task
     python full_ft.py --model BASE --data train.jsonl general.jsonl:0.2 --l2-sp 0.01
@@ -69,11 +69,11 @@ import common
 
 
 def freeze_others(model, pattern: str, dtype: torch.dtype, sharded: bool) -> None:
-    """Only parameters with the pattern in their names train. The others need no masters."""
+    """Freeze the parameters whose names do not match the pattern. They need no masters."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(re.search(pattern, name) for name in parameters):
         kinds = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in parameters}))
-        raise common.UserError(f"--train {pattern}: in no parameter's name; there are {kinds}")
+        raise common.UserError(f"--train {pattern} matches no parameter. Names end with {kinds}")
     for name, p in parameters.items():
         p.requires_grad_(re.search(pattern, name) is not None)
         if not (p.requires_grad or sharded):
@@ -84,7 +84,7 @@ def make_optimizer(parameters, args):
     """AdamW: PyTorch's, or bitsandbytes' with 8-bit states, which may be paged."""
     if args.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=args.lr, fused=True)
-    import bitsandbytes  # loads CUDA libraries, so only where it is asked for
+    import bitsandbytes  # loads CUDA libraries: only if needed
 
     paged = args.optimizer == "paged_adamw8bit"
     kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
@@ -92,14 +92,14 @@ def make_optimizer(parameters, args):
 
 
 def add_l2_sp(parameters, start, alpha: float) -> None:
-    """d/dw of alpha ||w - w0||^2 is 2 alpha (w - w0): added to the gradients, before clipping."""
+    """Add 2 alpha (w - w0), the gradient of alpha ||w - w0||^2, to the gradients."""
     for p, p0 in zip(parameters, start, strict=True):
         p.grad.add_(p.detach() - p0, alpha=2 * alpha)
 
 
 def step_in_backward(parameters, start, args) -> list:
-    """One optimizer per parameter, which steps as soon as its gradient is complete and then frees
-    it: never more than one gradient exists. Nothing can be accumulated or clipped."""
+    """One optimizer per parameter. It steps as soon as the gradient is complete, then frees it, so
+    only one gradient exists at a time. Gradients cannot be accumulated or clipped."""
     optimizers = []
     for i, p in enumerate(parameters):
         decay = args.weight_decay if p.dim() >= 2 else 0.0
@@ -159,7 +159,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -172,12 +172,12 @@ def train(args) -> None:
             optimizer.step()
             optimizer.zero_grad()
         elif lost := [name for name, one in zip(names, optimizer) if not one.state]:
-            raise common.UserError(f"{lost[0]} gets no gradient, and made no step")
+            raise common.UserError(f"{lost[0]} gets no gradient and was not updated")
         log.step_done(examples, loss, lr, grad_norm)
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -187,7 +187,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -196,7 +196,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -207,7 +207,7 @@ def train(args) -> None:
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -217,11 +217,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -235,7 +235,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -246,11 +246,11 @@ def print_samples(before, after) -> None:
 
 
 def check_flags(args, sharded: bool) -> None:
-    """Refuse flags that cannot work together, before anything is loaded."""
+    """Refuse flags that exclude each other, before anything is loaded."""
     if args.step_in_backward and args.max_grad_norm:
-        raise common.UserError("--step-in-backward needs --max-grad-norm 0: no norm is known")
+        raise common.UserError("--step-in-backward needs --max-grad-norm 0: it cannot clip")
     if sharded and args.step_in_backward:
-        raise common.UserError("--step-in-backward: not with torchrun or --offload (FSDP2)")
+        raise common.UserError("--step-in-backward does not work with torchrun or --offload")
     if sharded and args.optimizer != "adamw":
         raise common.UserError(f"--optimizer {args.optimizer}: not with torchrun or --offload")
     if sharded and args.pure_bfloat16:
@@ -263,21 +263,21 @@ def check_one_pass(train_set, steps: list[list[int]], args) -> None:
         lengths = list(map(len, train_set[numbers]["input_ids"]))
         if len(common.plan_passes(lengths, args)) > 1:
             fits = max(1, args.micro_batch_tokens // max(lengths))
-            problem = f"--step-in-backward: {sum(lengths)} tokens of a step are more than one pass"
-            raise common.UserError(f"{problem}; --batch-size {fits} fits")
+            problem = f"--step-in-backward: {sum(lengths)} tokens of a step exceed one forward pass"
+            raise common.UserError(f"{problem}. Try --batch-size {fits}")
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/full_ft", lr=1e-5)
     add = parser.add_argument_group("full fine-tuning").add_argument
-    add("--train", metavar="PATTERN", help="parameters whose names have this regular expression")
+    add("--train", metavar="PATTERN", help="train only parameters whose names match")
     kinds = ["adamw", "adamw8bit", "paged_adamw8bit"]
-    add("--optimizer", choices=kinds, default="adamw", help="8-bit ones are bitsandbytes'")
-    early = "each parameter steps in the backward pass and frees its gradient"
+    add("--optimizer", choices=kinds, default="adamw", help="8-bit: by bitsandbytes")
+    early = "update each parameter in the backward pass and free its gradient"
     add("--step-in-backward", action="store_true", help=early)
-    add("--offload", action="store_true", help="keep everything in host memory (FSDP2)")
+    add("--offload", action="store_true", help="keep weights and optimizer states in host memory")
     add("--pure-bfloat16", action="store_true", help="no float32 masters: small updates vanish")
-    add("--l2-sp", type=float, default=0.0, metavar="ALPHA", help="penalty ALPHA ||w - w0||^2")
+    add("--l2-sp", type=float, default=0.0, metavar="ALPHA", help="adds ALPHA ||w - w0||^2")
     train(common.parse_args(parser, argv, demo={"lr": 5e-4, "epochs": 6.0}))
 
 

@@ -1,5 +1,5 @@
 """Group relative policy optimisation (GRPO): PPO without a critic. Several answers to a prompt are
-sampled, and each is judged against the mean of its group.
+sampled, and each is compared with the mean of its group.
 
 Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), equation 3. For G answers to a prompt:
 
@@ -7,31 +7,31 @@ Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), equation 3. For G answers t
     loss       L   = sum_i,t w_i,t [ - min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) + beta k3 ]
     k3             = p_ref / p_now - 1 - log(p_ref / p_now)            an estimate of the KL, >= 0
 
-    ratio  p_now(y_t) / p(y_t), with p the policy as it was when it wrote the answer
+    ratio  p_now(y_t) / p(y_t), with p the policy that wrote the answer
     p      logps            (N,)  of the N answer tokens of a forward pass
-    p_ref  reference_logps  (N,)  the policy as it was before training, frozen
+    p_ref  reference_logps  (N,)  the policy before training, frozen
     A      advantages       (N,)  of each token's answer
     w      weights          (N,)  --loss grpo     1 / (answers * length of the answer), the paper's
-                                  --loss bnpo     1 / tokens of all answers of the minibatch
+                                  --loss bnpo     1 / tokens of all answers in the minibatch
                                   --loss dr_grpo  1 / (answers * --response-length)
     eps, beta, G                  --clip, --kl-coefficient, --group-size
 
 Choices and departures from the paper
-  - --loss dr_grpo --scale-rewards none is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): to divide
-    by the length favours long wrong answers; by the deviation, nearly solved or hopeless prompts.
-  - One update for a rollout by default, so every ratio is 1; --iterations makes more updates.
-  - A prompt is computed once for its answers. --rollout-size and --batch-size count answers.
-  - The policy is a LoRA adapter; the reference, the base or a frozen copy of --adapter.
-  - [1], [2] in the code: sampling and --missing-eos-penalty, as in ppo.py.
+  - --loss dr_grpo --scale-rewards none is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783). Dividing by
+    the length favours long wrong answers; by the deviation, nearly solved or hopeless prompts.
+  - One update per rollout by default, so every ratio is 1. --iterations makes more updates.
+  - A prompt is computed once for all its answers. --rollout-size and --batch-size count answers.
+  - The policy is a LoRA adapter. The reference is the base, or a frozen copy of --adapter.
+  - [1] and [2] in the code are those of ppo.py: sampling, and --missing-eos-penalty.
 
-What to watch, in metrics.jsonl: score, score_ended, ended, length, entropy and clip_fraction as in
-ppo.py; kl, the mean k3 of a token, in nats; equal_scores, the share of groups without a gradient,
-which a larger --group-size lowers; eval_loss, minus the held-out score, for --patience.
+What to watch, in metrics.jsonl: score, score_ended, ended, length, entropy and clip_fraction are as
+in ppo.py. kl is the mean k3 per token, in nats. equal_scores is the share of groups with advantage
+0; a larger --group-size lowers it. eval_loss is minus the held-out score, for --patience.
 
-Measured: `python grpo.py` takes the mean held-out score from 0.04, 0.01 and 0.04 to 0.67, 0.70 and
-0.88 (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
+Measured: `python grpo.py` raises the mean held-out score from 0.04, 0.01 and 0.04 to 0.67, 0.70
+and 0.88 (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
-    python grpo.py                                            # the bundled model becomes kinder
+    python grpo.py                                            # the bundled model gets kinder
     python grpo.py --model CHAT --data gsm8k.jsonl --reward examples/rewards.py:exact_match
 """
 
@@ -56,7 +56,7 @@ import common
 
 def group_advantages(scores, scale: str):
     """scores (prompts, G) -> (prompts, G). scale: divide by the deviation of scores in the group,
-    in the whole rollout, or not."""
+    in the whole rollout (batch), or not at all."""
     centred = scores - scores.mean(dim=1, keepdim=True)
     if scale == "none":
         return centred
@@ -74,7 +74,7 @@ def grpo_loss(logps, old_logps, reference_logps, advantages, weights, clip: floa
 
 
 def token_weights(lengths: list[int], answers: int, tokens: int, args):
-    """Of each token of answers of these lengths, in a minibatch of so many answers and tokens."""
+    """w of the tokens of answers with these lengths. answers, tokens: of the whole minibatch."""
     lengths = torch.tensor(lengths)
     size = {"grpo": lengths, "bnpo": tokens / answers, "dr_grpo": args.response_length}[args.loss]
     return (torch.ones(len(lengths)) / (answers * size)).repeat_interleave(lengths)
@@ -99,12 +99,12 @@ def train(args) -> None:
     G, size = args.group_size, args.batch_size // args.group_size  # size: groups of a minibatch
     rollouts = argparse.Namespace(**vars(args) | {"batch_size": args.rollout_size // G})
     steps = common.plan_steps(train_set, rollouts)  # the prompts of every rollout
-    common.say(f"{len(steps)} rollouts of {args.rollout_size // G} prompts, {G} answers to each")
+    common.say(f"{len(steps)} rollouts of {args.rollout_size // G} prompts with {G} answers each")
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
 
     def held_out_loss(model, eval_set, args, device) -> float:
-        """One answer to each held-out prompt, with the same random numbers every time."""
+        """One answer to each held-out prompt, with the same random numbers at every evaluation."""
         answers = write_answers(model, reward, tokenizer, eval_set[:], args, device, step=0)
         print_answers(answers[: args.samples], tokenizer)
         figures = answer_figures(answers)
@@ -119,7 +119,7 @@ def train(args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The rollout: groups of answers with their advantages, cut once into minibatches
+        # The rollout: groups of answers with their advantages, split once into minibatches
         prompts = train_set[np.repeat(steps[step - 1], G)]
         answers = write_answers(model, reward, tokenizer, prompts, args, device, step)
         scores = torch.tensor([answer.score for answer in answers]).view(-1, G)
@@ -136,7 +136,7 @@ def train(args) -> None:
                 with as_reference(layers):
                     part.reference_logps = model.target_logps(**part.batch)
 
-        # The updates: a minibatch each
+        # The updates: one per minibatch
         sums, done = torch.zeros(3, device=device), 0
         for _ in range(args.iterations):
             for n in generator.permutation(len(minibatches)):
@@ -166,7 +166,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -176,22 +176,22 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
     # --- end ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     common.save_adapter(args, model, tokenizer, config)
     log.done()
 
 
 def forward_passes(groups: list[tuple], args, device) -> list[SimpleNamespace]:
-    """This rank's forward passes over groups of (answers, advantages (G,)), a minibatch. A prompt
-    and its answers are one example, a stretch each."""
+    """This rank's forward passes over a minibatch: groups (answers, advantages (G,)). A prompt and
+    its answers are one example. Each of them is a stretch."""
     examples = {"input_ids": [], "is_target": [], "stretches": [], "advantages": []}
     for answers, advantages in groups:
         prompt, lengths = answers[0].prompt, [len(answer.ids) for answer in answers]
@@ -213,7 +213,7 @@ def forward_passes(groups: list[tuple], args, device) -> list[SimpleNamespace]:
 
 # --- copied from dpo.py: the reference of LoRA ---
 def reference_layers(model, args) -> list[tuple]:
-    """(LoRA layer, the reference's forward): its base's, or that of a frozen copy of --adapter."""
+    """(LoRA layer, its forward in the reference): the base's, or that of a copy of --adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not args.adapter:
         return [(layer, layer.base.forward) for layer in layers]
@@ -223,7 +223,7 @@ def reference_layers(model, args) -> list[tuple]:
 
 @contextmanager
 def as_reference(layers: list[tuple]):
-    """The LoRA layers compute as the reference, temporarily and without gradients."""
+    """Temporarily make the LoRA layers compute the reference, without gradients."""
     for layer, forward in layers:
         layer.forward = forward
     with torch.no_grad():
@@ -237,7 +237,7 @@ def as_reference(layers: list[tuple]):
 
 @contextmanager
 def merged_policy(model):
-    """The adapter in the base's weights, temporarily, as in ppo.py."""
+    """Temporarily merge the adapter into the base, as in ppo.py."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
     kept = [layer.base.weight.detach().clone() for layer in layers]
     config, eos = model.generation_config, model.generation_config.eos_token_id
@@ -291,7 +291,7 @@ class Answer(NamedTuple):
 
 
 def write_answers(model, reward, tokenizer, examples, args, device, step: int) -> list[Answer]:
-    """An answer of the policy to the prompt of each example, in their order, on all ranks."""
+    """The policy's answers to the prompts of the examples, in order, on all ranks."""
     prompts, references = zip(*map(split_example, examples["input_ids"], examples["is_target"]))
     references = [tokenizer.decode(x, skip_special_tokens=True) if x else None for x in references]
     settings = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}  # [1]
@@ -301,7 +301,7 @@ def write_answers(model, reward, tokenizer, examples, args, device, step: int) -
     size, stop, mine = args.generation_batch, common.stop_ids(model, tokenizer), []
     with merged_policy(model):
         for first in range(size * common.RANK, len(prompts), size * common.RANKS):
-            # of the seed, the step and the batch, not of the number of ranks
+            # depends on seed, step and batch, not on the number of ranks
             torch.manual_seed(hash((args.seed, step, first)) % 2**63)
             numbers = by_length[first : first + size]
             batch = [prompts[i] for i in numbers]
@@ -341,11 +341,11 @@ def print_answers(answers: list[Answer], tokenizer) -> None:
 
 
 def check_ratio(log_ratio, dtype) -> None:
-    """[3] Nothing has been trained since old log-probabilities were computed: the ratio is 1."""
+    """[3] Before the first update of a rollout, new and old log-probabilities are equal."""
     off = log_ratio.abs().max().item() if len(log_ratio) else 0.0
     if off > (1e-4 if dtype == torch.float32 else 0.05):
-        raise common.UserError(f"the first update finds log-probabilities {off:.3g} nats from the "
-                               "rollout's: this model does not compute the same twice")  # fmt: skip
+        raise common.UserError(f"in the first update, log-probabilities differ by {off:.3g} nats "
+                               "from the rollout's: the model is not deterministic")  # fmt: skip
 
 
 def load_reward(args, model, tokenizer, dtype, device):
@@ -368,8 +368,8 @@ def load_reward(args, model, tokenizer, dtype, device):
 
 
 def model_reward(classifier, weight, offset, args, model, tokenizer, device):
-    """The score is the head's number (weight (1, d)) after the last token, minus the offset that
-    reward_model.py has saved. An answer that was cut off is read with an end of turn."""
+    """The score is the head's output (weight (1, d)) at the last token, minus the offset that
+    reward_model.py saved. An answer that was cut off gets an end of turn first."""
     theirs = transformers.AutoTokenizer.from_pretrained(args.reward)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise common.UserError(f"--reward {args.reward} has another tokenizer than --model")
@@ -400,25 +400,25 @@ def model_reward(classifier, weight, offset, args, model, tokenizer, device):
 def add_rollout_flags(parser) -> None:
     add = parser.add_argument_group("rollouts").add_argument
     add("--reward", help="a folder of reward_model.py, or FILE.py:FUNCTION (the file is run)")
-    add("--rollout-size", type=int, default=64, help="answers of a rollout, n times --batch-size")
-    add("--response-length", type=int, default=128, help="the most tokens of an answer")
-    add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
-    add("--missing-eos-penalty", type=float, default=1.0, help="for an answer that is cut off")
-    add("--generation-batch", type=int, default=32, help="answers written at once on a GPU")
-    add("--clip", type=float, default=0.2, help="eps, of ratios around 1 (in PPO, of values, too)")
+    add("--rollout-size", type=int, default=64, help="answers per rollout, n times --batch-size")
+    add("--response-length", type=int, default=128, help="maximum tokens of an answer")
+    add("--temperature", type=float, default=1.0, help="of sampling and all log-probabilities")
+    add("--missing-eos-penalty", type=float, default=1.0, help="subtracted for cut-off answers")
+    add("--generation-batch", type=int, default=32, help="answers generated at once per GPU")
+    add("--clip", type=float, default=0.2, help="eps: clips ratios (in PPO also values)")
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=16, help="rank of the update")
-    add("--alpha", type=float, default=32.0, help="scales it by alpha / rank")
-    add("--targets", default="all-linear", help="or names, q_proj,v_proj, or a regular expression")
-    add("--adapter", metavar="FOLDER", help="the policy starts from it, and it is the reference")
+    add("--alpha", type=float, default=32.0, help="the update is scaled by alpha / rank")
+    add("--targets", default="all-linear", help="or q_proj,v_proj or a regular expression")
+    add("--adapter", metavar="FOLDER", help="start from it; a copy is the reference")
     parser.set_defaults(max_length=512, eval_every=10, dropout=0.0, shard=False)
 
 
 def check_flags(args) -> None:
     if args.rollout_size % args.batch_size:
-        raise common.UserError("--rollout-size is not a multiple of --batch-size")
+        raise common.UserError("--rollout-size must be a multiple of --batch-size")
     if not (args.reward or args.inspect or args.chat):
-        raise common.UserError("--reward names no reward model and no function")
+        raise common.UserError("--reward is missing: a reward model or FILE.py:FUNCTION")
 
 
 # --- end ---
@@ -429,19 +429,19 @@ def main(argv=None) -> None:
     add_rollout_flags(parser)
     parser.set_defaults(batch_size=64)
     add = parser.add_argument_group("GRPO").add_argument
-    add("--group-size", type=int, default=8, help="G, answers to a prompt")
+    add("--group-size", type=int, default=8, help="G, answers per prompt")
     add("--iterations", type=int, default=1, help="the paper's mu: updates with each answer")
-    add("--loss", choices=["grpo", "bnpo", "dr_grpo"], default="grpo", help="weights of tokens")
-    how = "divide advantages by the deviation of scores in the group, the batch, or not"
+    add("--loss", choices=["grpo", "bnpo", "dr_grpo"], default="grpo", help="weights w")
+    how = "divide advantages by the deviation of scores in the group, the rollout, or not"
     add("--scale-rewards", choices=["group", "batch", "none"], default="group", help=how)
-    add("--kl-coefficient", type=float, default=0.04, help="beta: the price of a nat of KL")
+    add("--kl-coefficient", type=float, default=0.04, help="beta: weight of the KL term")
     demo = {"lr": 3e-3, "response_length": 48, "max_steps": 15, "samples": 4}
     demo |= {"data": [str(common.EXAMPLES / "pairs.jsonl")]}
     demo |= {"reward": f"{common.EXAMPLES}/rewards.py:kindness"}
     args = common.parse_args(parser, argv, demo=demo)
     check_flags(args)
     if args.batch_size % args.group_size:
-        raise common.UserError("--batch-size is not a multiple of --group-size")
+        raise common.UserError("--batch-size must be a multiple of --group-size")
     train(args)
 
 

@@ -1,5 +1,4 @@
-"""(IA)^3: train vectors that scale each block's keys, values and inner MLP activations. The model
-itself is frozen, and the vectors can be merged into its weights.
+"""(IA)^3: train vectors that scale each block's keys, values and inner MLP activations.
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning" (arXiv 2205.05638), section 3.3:
@@ -129,7 +128,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -142,7 +141,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -152,7 +151,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -161,7 +160,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -172,7 +171,7 @@ def train(args) -> None:
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -182,11 +181,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -200,7 +199,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -227,8 +226,7 @@ def main(argv=None) -> None:
     add = parser.add_argument_group("(IA)^3").add_argument
     where = "layers whose outputs are scaled: names or a regular expression"
     add("--targets", default="k_proj,v_proj", help=where)
-    where = "layers whose inputs are scaled; '': none"
-    add("--feedforward-targets", metavar="TARGETS", default="down_proj", help=where)
+    add("--feedforward-targets", default="down_proj", help="layers with scaled inputs; '': none")
     add("--adapter", metavar="FOLDER", help="start from it, ours or PEFT's, with its targets")
     add("--merge-only", action="store_true", help="save --model with --adapter merged, and exit")
     args = common.parse_args(parser, argv, demo={"lr": 0.3, "epochs": 20.0})

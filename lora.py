@@ -5,37 +5,41 @@ equation 3, with the scaling of its section 4.1:
 
     y = W0 x + s B A dropout(x)          s = alpha / r
 
-    x   (..., in), y  (..., out)         what enters and leaves the layer
+    x   (..., in), y  (..., out)         the layer's input and output
     W0  base.weight    (out, in)         frozen, in bfloat16 on a GPU
     A   lora_A.weight  (r, in)           float32, kaiming_uniform(a=sqrt 5)
     B   lora_B.weight  (out, r)          float32, zero
     r   --rank, alpha  --alpha, s  scaling
 
 Choices and departures from the paper
-  - Every linear layer is adapted, not only the attention's q and v: that is what it took to
-    match full fine-tuning (QLoRA, section 4). The output head never is. --targets
-    q_proj,v_proj gives the paper's choice.
-  - A starts as in the authors' code (kaiming_uniform), not Gaussian as in the paper.
+  - Every linear layer but the output head is adapted, not only the attention's q and v: QLoRA
+    (section 4) needed all of them to match full fine-tuning. --targets q_proj,v_proj gives the
+    paper's choice.
+  - A is initialised as in the authors' code (kaiming_uniform), not Gaussian as in the paper.
   - A and B stay float32 and are cast in the forward pass: AdamW's small updates would vanish in
     bfloat16.
-  - Dropout is 0: with it, each layer keeps its own dropped-out input for the backward pass.
-  - rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(r): multiply --alpha by sqrt(r).
+  - --dropout is 0: otherwise each layer stores its own copy of its input for the backward pass.
+  - rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(r). To use it, multiply --alpha by sqrt(r).
 
 Questions people ask
-  Why is B zero?    Then B A = 0, and training starts from exactly the base model. With both
-                    zero, neither gets a gradient; with both random, the base is disturbed.
+  Why is B zero?    Then B A = 0, and training starts from exactly the base model. If A were zero
+                    too, neither would get a gradient. If both were random, training would start
+                    from a disturbed base.
   Why alpha / r?    So that the learning rate can stay about the same when the rank changes.
-  Sum or mean?      The loss is the mean over all target tokens of an optimizer step, over all
-                    forward passes and GPUs. Targets are the assistant's tokens and the end of
-                    turn.
-  Merge?            Merged weights (--merge-only) cost nothing at inference. s B A is added in
-                    float32 and rounded once; keep the adapter, as subtracting it again would not
-                    give the base back.
+  Sum or mean?      The loss is the mean over all target tokens of an optimizer step, in all its
+                    forward passes and on all GPUs. Targets are the assistant's tokens and the
+                    end-of-turn token.
+  New tokens?       --add-tokens "<a>" "<b>" trains their rows of the embedding and the head, saved
+                    as PEFT's trainable_token_indices. vLLM does not read them: merge.
+  Never stops?      The saved tokenizer's eos is the end of turn that was trained. With PEFT:
+                    model.generate(..., eos_token_id=tokenizer.eos_token_id).
+  Merge?            --merge-only adds s B A to W0. Merged weights cost nothing at inference. Keep
+                    the adapter: the sum is rounded, so subtracting s B A does not restore W0.
 
-Measured: `python lora.py` answers 0 of 100 held-out prompts exactly before, and 100, 99 and
-99 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). `python lora.py --model
+Measured: `python lora.py` answers 0 of 100 held-out prompts exactly before training, and 100, 99
+and 99 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26). `python lora.py --model
 SmolLM2-135M-Instruct --data gsm8k_train.jsonl --eval-data 0.005 --max-steps 24 --batch-size 4
---lr 3e-3` takes the held-out loss from 1.430 to 0.933 (CPU, 2026-11-25). Speed: README.
+--lr 3e-3` lowers the held-out loss from 1.430 to 0.933 (CPU, 2026-11-25). Speed: tests/RESULTS.md.
 
     python lora.py                                     # the bundled model learns a task
     python lora.py --model BASE --data train.jsonl     # BASE: a folder or a Hub name
@@ -93,7 +97,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, shard=args.shard)
-    config = common.add_adapter(model, args, LoRALinear, device)
+    config = common.add_adapter(model, args, LoRALinear, device, tokenizer)
     if args.chat:
         return common.chat(model, tokenizer, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -120,7 +124,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -133,7 +137,7 @@ def train(args) -> None:
 
         # --- end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -143,7 +147,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -152,7 +156,7 @@ def train(args) -> None:
     # --- end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -163,7 +167,7 @@ def train(args) -> None:
 
 # --- held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -173,11 +177,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -191,7 +195,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -202,20 +206,20 @@ def print_samples(before, after) -> None:
 
 
 def merge(args) -> None:
-    """--merge-only: the base with the adapter added to its weights, in the base's dtype."""
+    """--merge-only: add the adapter to the base's weights and save them in the base's dtype."""
     device, _ = common.setup(args)
     tokenizer = common.load_tokenizer(args)
     model = common.load_model(args, "auto", device)
-    common.add_adapter(model, args, LoRALinear, device)
+    common.add_adapter(model, args, LoRALinear, device, tokenizer)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear | common.NewRows):
             model.set_submodule(name, layer.merged())
     common.save_model(args, model, tokenizer, model.dtype)
 
 
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/lora", lr=2e-4)
-    common.add_adapter_flags(parser)
+    common.add_adapter_flags(parser, add_tokens=True)
     args = common.parse_args(parser, argv, demo={"lr": 3e-3, "epochs": 6.0})
     merge(args) if args.merge_only else train(args)
 

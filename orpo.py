@@ -5,7 +5,7 @@ Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Mo
 
     L = NLL(x, y_w) - lambda log sigmoid(z)
     z = log odds(y_w) - log odds(y_l) = (p_w - p_l) - [log1mexp(p_w) - log1mexp(p_l)]
-    odds(y) = P / (1 - P)          P = exp(p)          p = 1/|y| log pi(y|x)
+    odds(y) = q / (1 - q)          q = exp(p)          p = 1/|y| log pi(y|x)
 
     x        the prompt          y_w, y_l  better, worse (P,): the answers of a pair
     p        mean_logps  (S,)    the MEAN over an answer's tokens, end of turn included, in nats
@@ -13,37 +13,37 @@ Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Mo
     NLL      negative log-likelihood of prompt and chosen answer, a mean over their tokens
     lambda   --lambda
 
-The first term teaches the chosen answers, as sft.py does. SFT alone would raise the rejected ones
-along with them; the second term holds those down. So ORPO starts from a base model, not from one
+The first term teaches the chosen answers, as in sft.py. SFT alone would make the rejected answers
+more likely too. The second term counters that. So ORPO starts from a base model, not from a model
 after SFT.
 
 Choices and departures from the paper
   - The NLL covers prompt and answer, as in the authors' default. --loss-on answers leaves the
     prompt out.
-  - The authors' mask of an answer includes one padding token; ours is the answer and its end of
+  - The authors' mask of an answer includes one padding token. Ours is the answer and its end of
     turn.
-  - log1mexp clamps p to at most -1e-6 before it branches: a branch that is not taken would still
-    send a NaN through the gradient.
-  - The NLL is the mean over all tokens of a step; the authors' is the mean of each micro-batch.
-  - A prompt is computed once for all of its answers (dpo.py explains it).
+  - log1mexp first clamps p to at most -1e-6: torch.where passes on NaN gradients even of the
+    branch that it does not select.
+  - The NLL is a mean over all tokens of a step. The authors take a mean per micro-batch.
+  - A prompt is computed once for all its answers (see dpo.py).
 
 Questions people ask
-  Why odds?        log odds = log P - log(1 - P) spreads wider than log P, so that log sigmoid
-                   saturates sooner and pushes the rejected answer down less (the paper's
-                   section 7). For small P both are the same.
+  Why odds?        log odds = log q - log(1 - q) varies more than log q. So log sigmoid saturates
+                   sooner and lowers the rejected answer less (the paper's section 7). For small
+                   q, both are the same.
   Sum or mean?     Means: p over an answer's tokens, the NLL over the tokens of the step, the odds
                    term over its prompts.
   Loss at step 0?  The NLL of the data plus about 0.1 ln 2. log_odds starts near 0.
-  Which rate?      The paper's 8e-6 where every parameter trains; about 1e-4 with --lora-rank.
-  Several answers? {"prompt", "responses"}, best first, count as all their pairs, which weigh as
-                   much together as one pair.
+  Which --lr?      The paper's 8e-6 for all parameters, about 1e-4 with --lora-rank.
+  Several answers? "responses" (best first) instead of chosen and rejected gives all their pairs.
+                   Together these weigh as much as one pair.
 
-Measured: `python orpo.py` takes the accuracy on 105 held-out pairs from 0.56, 0.56 and 0.62 to
-1.00, 1.00 and 0.99 with seeds 0, 1 and 2 (two CPU cores, torch 2.13, 2026-11-26). It runs with
---loss-on answers: the bundled model has never learnt prompts, and loses its answers over them.
+Measured: `python orpo.py` raises the accuracy on 105 held-out pairs from 0.56, 0.56 and 0.62 to
+1.00, 1.00 and 0.99 (--seed 0, 1, 2; two CPU cores, torch 2.13, 2026-11-26). It uses --loss-on
+answers: the bundled model was never trained on prompts, and training on them harms its answers.
 
-    python orpo.py                                      # the bundled model learns to be kind
-    python orpo.py --model BASE --data pairs.jsonl      # every parameter
+    python orpo.py                                      # the bundled model writes kind reviews
+    python orpo.py --model BASE --data pairs.jsonl      # all parameters
     python orpo.py --model BASE --data pairs.jsonl --lora-rank 16 --lr 1e-4
 """
 
@@ -76,11 +76,11 @@ def orpo_loss(chosen_logps, rejected_logps, chosen_nll=0.0, lambda_: float = 0.1
 
 
 def pair_figures(model, batch: dict, nll_scale: float, args) -> dict[str, torch.Tensor]:
-    """What a forward pass adds to the loss and the metrics, as sums over its prompts.
+    """Loss and metrics of a forward pass, as sums over its prompts.
 
-    batch: examples, the prompts of the pass, each with stretches and is_target; the other keys are
-    what target_logps takes. nll_scale: prompts / NLL tokens of the whole step, as the sums are
-    divided by its prompts later.
+    batch: the pass's `examples`, each with stretches and is_target, and the inputs of target_logps.
+    nll_scale: prompts / NLL tokens of the whole step. The caller divides all sums by the number of
+    prompts.
     """
     device, examples = batch["input_ids"].device, batch.pop("examples")
     stretch, length, better, worse, weight, _ = common.find_pairs(examples, device)
@@ -98,8 +98,8 @@ def pair_figures(model, batch: dict, nll_scale: float, args) -> dict[str, torch.
 
 
 def prompts_per_token(examples: dict) -> float:
-    """Prompts divided by the tokens that the NLL is a mean over: those of prompts and chosen
-    answers that are targets."""
+    """The number of prompts divided by the number of NLL tokens: targets in prompts and chosen
+    answers."""
     ends = [sum(lengths[:2]) for lengths in examples["stretches"]]
     return len(ends) / sum(np.sum(x[:end]) for x, end in zip(examples["is_target"], ends))
 
@@ -145,7 +145,7 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     lora = args.rank or args.adapter
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
-    weights = None if lora else torch.float32  # masters, if they train
+    weights = None if lora else torch.float32  # float32 masters, if trained
     four_bits = args.load_in_4bit
     model = common.load_model(args, dtype, device, weights, shard, args.offload, four_bits)
     config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
@@ -177,7 +177,7 @@ def train(args) -> None:
         examples, figures = train_set[steps[step - 1]], {}
         num_prompts = len(steps[step - 1])  # of all forward passes and ranks
         nll_scale = prompts_per_token(examples)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             part = measure(batch, nll_scale)
             (part["loss"] / num_prompts).backward()  # a mean over the step
             for name, value in part.items():
@@ -190,7 +190,7 @@ def train(args) -> None:
         log.step_done(examples, lr=lr, grad_norm=grad_norm, **figures)
 
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             held_out = held_out_figures(model, eval_set, measure, args, device)
             log.evaluation(**held_out)
             if args.patience and held_out["loss"] < run["best_loss"]:
@@ -200,7 +200,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -209,7 +209,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -222,7 +222,7 @@ def train(args) -> None:
 
 
 def held_out_figures(model, eval_set, measure, args, device) -> dict[str, float]:
-    """The figures of measure(batch, nll_scale) over all held-out prompts."""
+    """Means of what measure(batch, nll_scale) sums, over the held-out prompts."""
     figures, nll_scale = {}, prompts_per_token(eval_set[:])
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -250,7 +250,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[dict[s
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, texts in enumerate(after[:3]):
         texts = texts | ({"before training": before[n]["after"]} if before else {})
         keys = [key for key in TITLES if key in texts]
@@ -265,10 +265,10 @@ def main(argv=None) -> None:
     add = parser.add_argument_group("ORPO").add_argument
     weight = "weight of the odds-ratio term"
     add("--lambda", dest="lambda_", type=float, default=0.1, metavar="LAMBDA", help=weight)
-    tokens = "tokens of the NLL: prompt and chosen answer, or the answer"
+    tokens = "tokens of the NLL: prompt and chosen answer, or only the answer"
     add("--loss-on", choices=["all", "answers"], default="all", help=tokens)
-    add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
-    add("--load-in-4bit", action="store_true", help="the base in 4 bits, with --lora-rank")
+    add("--offload", action="store_true", help="keep weights and optimizer states in host memory")
+    add("--load-in-4bit", action="store_true", help="base in 4 bits; needs an adapter")
     common.add_adapter_flags(parser, prefix="lora-", rank=0)
     pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 1e-4, "samples": 3}
     pairs |= {"loss_on": "answers"}

@@ -11,76 +11,76 @@ models Ouyang et al. 2022 (arXiv 2203.02155), section 3.5. For an answer y_1 .. 
     critic     L   = 1/2 mean_t max((v_t - R_t)^2, (clip(v_t, V_t - eps, V_t + eps) - R_t)^2)
 
     p      logps            (N,)  the policy that wrote the answers; ratio = p_now(y_t) / p(y_t)
-    p_ref  reference_logps  (N,)  the policy as it was before training, frozen
-    V      values           (N,)  the critic's, at the position that predicts y_t; v: as it trains
+    p_ref  reference_logps  (N,)  the policy before training, frozen
+    V      values           (N,)  the critic's, at the position that predicts y_t; v: the new ones
     score  scores           (b,)  one for each answer, from a reward model or a function
     beta, eps, gamma, lambda      --kl-coefficient, --clip, --gamma, --lam
 
-N is the number of answer tokens in a forward pass, b that of its answers. Rewards and advantages
-are computed in rows (b, T), with 0 after an answer's end.
+A forward pass has b answers with N tokens in all. Rewards and advantages are computed as (b, T)
+tensors, with 0 after the end of an answer.
 
 Four models in the memory of one: policy, reference, critic and reward model are LoRA adapters on
 one frozen base. The reference is the base alone, or a frozen copy of --adapter. The critic and
-the reward model have a linear head that makes a number of a hidden state.
+the reward model have a linear head that maps a hidden state to a number.
 
-What decides whether it works (Huang et al. 2024, "The N+ Implementation Details of RLHF with
-PPO", arXiv 2403.17031). The code has the same numbers.
- [1]  Answers are drawn from the whole distribution at --temperature: no top-k, no top-p.
- [2]  An answer ends with its first end-of-turn token, which is part of it. One that
-      --response-length cuts off scores what the reward says of it minus --missing-eos-penalty.
+Details that matter (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", arXiv
+2403.17031). Comments in the code refer to these numbers.
+ [1]  Answers are sampled from the whole distribution at --temperature: no top-k, no top-p.
+ [2]  An answer ends with its first end-of-turn token, which is part of it. If --response-length
+      cuts it off, --missing-eos-penalty is subtracted from its score.
  [3]  Old log-probabilities come from the forward pass of training, not from sampling, at the
-      same temperature and in the same passes as the new ones. The first ratio is 1: checked.
- [4]  KL is paid token by token, as k1 = log p - log p_ref; the score comes with the last token.
+      same temperature and in the same passes as the new ones. So the first ratio is 1 (checked).
+ [4]  The KL penalty is per token, k1 = log p - log p_ref. The score is added at the last token.
  [5]  gamma 1, lambda 0.95. Returns are computed first, then advantages are whitened, over all
       answer tokens of the rollout.
- [6]  Both losses are clipped at 0.2. The critic's is multiplied by 0.1. With a gradient clip of
-      its own and Adam that hardly matters: --critic-lr is what makes it learn faster.
- [7]  4 epochs over a rollout. Adam with eps 1e-5, a rate that falls to 0, no dropout anywhere.
+ [6]  Both losses are clipped at 0.2. The critic's loss is multiplied by 0.1. With its own gradient
+      clipping and Adam, that hardly matters: --critic-lr sets how fast the critic learns.
+ [7]  4 epochs over a rollout. Adam with eps 1e-5, a learning rate that falls to 0, no dropout.
  [8]  The critic starts from the reward model if that is an adapter on the same base, else from
-      the policy with a head of zeros.
- [9]  Prompts are padded on the left while sampling; positions count from the first real token.
- [10] No figure counts padding.
+      the policy, with a head of zeros.
+ [9]  Prompts are padded on the left while sampling. Positions count from the first real token.
+ [10] Losses and metrics leave padding out.
 
 Choices and departures from the papers
-  - A rollout is cut once into minibatches, and epochs shuffle their order; the papers shuffle
-    answers. In bfloat16 a token's log-probability changes by up to 0.3 nats with what else is
-    in the forward pass, more than the clip range.
+  - A rollout is split once into minibatches, and every epoch shuffles their order. The papers
+    shuffle answers. But in bfloat16, a token's log-probability changes by up to 0.3 nats with the
+    rest of the forward pass, more than the clip range.
   - beta is fixed. The learning rate falls along a cosine.
-  - Policy and critic share no parameter that trains. Full-parameter PPO is left out: it needs
-    three more copies of the model.
-  - Sampling is transformers' generate, with a static cache and the policy's adapter merged into
-    the base, whose adapted weights are in memory twice meanwhile. They come back bit for bit.
-    8 layers of width 576, 16 answers of 256 tokens on one core: 147 tokens/s; with the adapter
-    beside the base and a growing cache 129, merged with a growing cache 121 (2026-11-26).
+  - Policy and critic share no trained parameter. Full-parameter PPO is left out: it needs three
+    more copies of the model.
+  - Sampling uses transformers' generate with a static cache. Meanwhile the policy's adapter is
+    merged into the base, whose adapted weights are kept twice and restored bit for bit. With 8
+    layers of width 576, 16 answers of 256 tokens and one core: 147 tokens/s. Unmerged with a
+    growing cache: 129. Merged with a growing cache: 121 (2026-11-26).
 
 Questions people ask
   Sum or mean?      Losses are means over the answer tokens of a minibatch. kl is a sum over an
                     answer's tokens, then a mean over answers.
   Why k1, not k3?   As a reward, k1's expectation has the gradient of the KL. k3 is only logged.
-  Which penalty?    One that exceeds what a cut-off answer can gain. With --response-length 24,
-                    shorter than the bundled model's answers, 20 rollouts end so: penalty 0,
-                    0.05 of the answers end, the score is 1.00 and texts stop in mid-word; 0.1,
-                    0.06; 1, 0.35, and the score goes from -0.99 to 0.32 (2026-11-26).
-  Score falls?      A lower --lr, a higher --critic-lr or a larger rollout.
-  Score rises, answers get worse?   The reward is gamed: a higher --kl-coefficient.
+  Which --missing-eos-penalty?   More than a cut-off answer can gain. After 20 rollouts with
+                    --response-length 24, shorter than the bundled model's answers: with penalty
+                    0, 5 % of answers end by themselves, and the score is 1.00 with texts cut in
+                    mid-word. 0.1: 6 %. 1: 35 %, score from -0.99 to 0.32 (2026-11-26).
+  Score falls?      Try a lower --lr, a higher --critic-lr or a larger --rollout-size.
+  Score rises, answers get worse?   The policy exploits the reward. Raise --kl-coefficient.
   The data's answers?   Reward functions get them as references. Rows may have none.
 
-What to watch, in metrics.jsonl. A step is a rollout with its updates; eval_: held-out prompts.
+What to watch, in metrics.jsonl. A step is one rollout and its updates. eval_: held-out prompts.
   score                    mean over answers, with the penalty; score_ended: of those that ended
-  ended, length            share of answers that ended by themselves; tokens of an answer
-  kl, kl_k3                nats an answer from the reference, estimated twice. If kl is steadily
-                           negative, sampling and training disagree
-  entropy                  nats a token, the mean of -log p. Near 0, nothing new is tried
+  ended, length            share of answers that ended by themselves; mean tokens per answer
+  kl, kl_k3                two estimates of the KL from the reference, in nats per answer. If kl is
+                           always negative, sampling and training disagree
+  entropy                  nats per token, the mean of -log p. Near 0, the policy explores nothing
   clip_fraction            share of tokens whose ratio left 1 - eps .. 1 + eps
   explained_variance       1 - Var(R - V) / Var(R): 1 is perfect, 0 no better than a constant
   loss, policy_loss, value_loss    means over the updates; grad_norm, critic_grad_norm: the last
-  rollout_tokens_per_second        of answers, written and scored
+  rollout_tokens_per_second        answer tokens, generated and scored
   eval_loss                - (score - beta kl), which --patience watches
 
-Measured: `python ppo.py` takes the mean held-out score from 0.04, 0.01 and 0.04 to 0.88, 0.87 and
-0.93 (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
+Measured: `python ppo.py` raises the mean held-out score from 0.04, 0.01 and 0.04 to 0.88, 0.87
+and 0.93 (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
-    python ppo.py                                             # the bundled model becomes kinder
+    python ppo.py                                             # the bundled model gets kinder
     python ppo.py --model runs/sft --data prompts.jsonl --reward runs/reward_model
     python ppo.py --model runs/sft --data gsm8k.jsonl --reward examples/rewards.py:exact_match
 """
@@ -136,13 +136,13 @@ def policy_loss(logps, old_logps, advantages, count: int, clip: float):
 
 
 def value_loss(values, old_values, returns, count: int, clip: float):
-    """[6] Half the larger squared error, of the value or of the value held near the old one."""
+    """[6] Half the larger squared error: of the value, or of the value clipped to the old one."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).sum() / count
 
 
 def moments(x):
-    """Mean and biased variance over all ranks of x (N,), this rank's part."""
+    """Mean and biased variance over all ranks. x (N,): this rank's part."""
     x = x.double()
     count = common.sum_over_ranks(torch.tensor(len(x), device=x.device))
     mean = common.sum_over_ranks(x.sum()) / count
@@ -150,7 +150,7 @@ def moments(x):
 
 
 def whiten(advantages: list) -> list:
-    """[5] Mean 0, variance 1 over all ranks. (N,) of each pass. A single value becomes 0."""
+    """[5] Mean 0, variance 1 over all ranks. One (N,) per pass. A single value becomes 0."""
     mean, variance = moments(torch.cat(advantages))
     return [((x - mean) / (variance + 1e-8).sqrt()).to(x.dtype) for x in advantages]
 
@@ -176,12 +176,12 @@ def train(args) -> None:
     rollouts = argparse.Namespace(**vars(args) | {"batch_size": args.rollout_size})
     steps = common.plan_steps(train_set, rollouts)  # the prompts of every rollout
     updates = args.ppo_epochs * args.rollout_size // args.batch_size
-    common.say(f"{len(steps)} rollouts of {args.rollout_size} answers, each for {updates} updates")
+    common.say(f"{len(steps)} rollouts of {args.rollout_size} answers, {updates} updates each")
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
 
     def held_out_loss(model, eval_set, args, device) -> float:
-        """Answer the held-out prompts, with the same random numbers every time."""
+        """Answer the held-out prompts, with the same random numbers at every evaluation."""
         answers = write_answers(model, reward, tokenizer, eval_set[:], args, device, step=0)
         passes = forward_passes(answers, args, device)
         for part in passes:
@@ -199,7 +199,7 @@ def train(args) -> None:
         for group, peak in zip(optimizer.param_groups, (args.lr, args.critic_lr)):
             group["lr"] = lr / args.lr * peak
 
-        # The rollout: answers and their scores, cut once into minibatches
+        # The rollout: answers and their scores, split once into minibatches
         start = time.perf_counter()
         prompts = train_set[steps[step - 1]]
         answers = write_answers(model, reward, tokenizer, prompts, args, device, step)
@@ -211,7 +211,7 @@ def train(args) -> None:
             count = sum(len(answer.ids) for answer in chosen)  # tokens, on all ranks
             minibatches.append((forward_passes(chosen, args, device), count))
 
-        # What the updates learn from
+        # Old log-probabilities and values, advantages, returns
         passes = [part for parts, _ in minibatches for part in parts]
         for part in passes:
             old_logps(model, part, args)
@@ -228,7 +228,7 @@ def train(args) -> None:
         figures = rollout_figures(answers, passes) | {"rollout_tokens_per_second": speed}
         figures["explained_variance"] = explained_variance(passes)
 
-        # The updates: a minibatch each, and all of them again in another order
+        # The updates: one per minibatch, in another order in every epoch
         sums, done = torch.zeros(3, device=device), 0
         for _ in range(args.ppo_epochs):
             for n in generator.permutation(len(minibatches)):
@@ -240,7 +240,7 @@ def train(args) -> None:
                     loss, clipped = policy_loss(
                         logps, part.logps, part.advantages, count, args.clip
                     )
-                    loss.backward()  # before another role is on
+                    loss.backward()  # before the role is switched
                     values = critic_values(model, part.batch)
                     critic_loss = value_loss(values, part.values, part.returns, count, args.clip)
                     (VALUE_COEFFICIENT * critic_loss).backward()
@@ -267,7 +267,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -277,14 +277,14 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
     # --- end ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     del model.critic_head
     keep_policy(model)
@@ -307,7 +307,7 @@ class Pass:
     batch: dict  # what target_logps takes
     mask: torch.Tensor  # (b, T) True on answer tokens
     scores: torch.Tensor  # (b,)
-    # of the models as they were when the answers were written, (N,) each:
+    # of the models that wrote the answers, before the updates, (N,) each:
     logps: torch.Tensor | None = None
     reference_logps: torch.Tensor | None = None
     values: torch.Tensor | None = None
@@ -316,7 +316,7 @@ class Pass:
 
 
 def forward_passes(answers: list, args, device) -> list[Pass]:
-    """This rank's part of some answers. Each is a stretch that reads its prompt."""
+    """This rank's forward passes. Each answer is a stretch that reads its prompt."""
     examples = {
         "input_ids": [answer.prompt + answer.ids for answer in answers],
         "is_target": [np.arange(len(x.prompt + x.ids)) >= len(x.prompt) for x in answers],
@@ -356,13 +356,13 @@ def critic_values(model, batch: dict):
 
 @torch.no_grad()
 def old_logps(model, part: Pass, args) -> None:
-    """[3] In the passes of the updates."""
+    """[3] Computed in the same forward passes as in the updates."""
     part.reference_logps = policy_logps(model, "reference", part.batch, args)
     part.logps = policy_logps(model, "policy", part.batch, args)
 
 
 def rollout_figures(answers: list, passes: list[Pass]) -> dict[str, float]:
-    """[10] Of all ranks."""
+    """[10] Means over the answers or the answer tokens of all ranks."""
     count, tokens = len(answers), sum(len(answer.ids) for answer in answers)
     logps = torch.cat([part.logps for part in passes])
     log_r = torch.cat([part.reference_logps for part in passes]) - logps
@@ -373,12 +373,12 @@ def rollout_figures(answers: list, passes: list[Pass]) -> dict[str, float]:
 
 
 def add_reward_adapter(args, model) -> tuple[torch.Tensor, float]:
-    """Put an adapter of reward_model.py on the model, as the role `reward`. -> its head (1, d),
-    and what is subtracted from that"""
+    """Put an adapter of reward_model.py on the model, as the role `reward`. -> its head (1, d)
+    and the offset to subtract"""
     with safetensors.safe_open(Path(args.reward) / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata() or {}
     if metadata.get("base_fingerprint") != common.fingerprint(model):
-        raise common.UserError(f"--reward {args.reward} is an adapter on another base than --model")
+        raise common.UserError(f"--reward {args.reward} is an adapter of another base, not --model")
     config = json.loads((Path(args.reward) / "adapter_config.json").read_text(encoding="utf-8"))
     alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
     tensors = safetensors.torch.load_file(Path(args.reward) / "adapter_model.safetensors")
@@ -455,7 +455,7 @@ class LoRALinear(nn.Module):
 
 
 class RoleLinear(nn.Module):
-    """A frozen linear layer with a LoRA adapter for each role: one is on, or the base alone."""
+    """A frozen linear layer with a LoRA adapter for each role. One role is on."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -470,13 +470,13 @@ def role_layers(model) -> list[RoleLinear]:
 
 
 def set_role(model, role: str) -> None:
-    """Until the next call: a backward pass comes before it, as it may compute blocks again."""
+    """Switch a role on. Run its backward pass before the next call: it may recompute blocks."""
     for layer in role_layers(model):
         layer.on = role if role in layer.roles else "base"
 
 
 def add_policy(model, args, device) -> dict:
-    """Put the policy's adapter on the model, new or that of --adapter. -> its config for PEFT"""
+    """Put the policy's adapter on the model: a new one or --adapter. -> its config for PEFT"""
     config = common.add_adapter(model, args, LoRALinear, device)
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, LoRALinear):
@@ -495,9 +495,9 @@ def copy_adapter(layer: LoRALinear) -> LoRALinear:
 
 @contextmanager
 def merged_policy(model):
-    """The policy's adapter in the base's weights, temporarily. Meanwhile the weights of adapted
-    layers are there twice; the base comes back bit for bit. Nothing of the model's generation
-    config but its end of turn applies: it may ask for top-k, or for a penalty on repetition."""
+    """Temporarily merge the policy's adapter into the base. The adapted weights are kept twice and
+    restored bit for bit. Of the model's generation config, only the end of turn is used: it may
+    have top-k or a repetition penalty."""
     layers = [layer for layer in role_layers(model) if "policy" in layer.roles]
     kept = [layer.roles["base"].weight.detach().clone() for layer in layers]
     config, eos = model.generation_config, model.generation_config.eos_token_id
@@ -512,7 +512,7 @@ def merged_policy(model):
 
 
 def keep_policy(model) -> None:
-    """Leave the policy's adapter alone on the model, under the names that PEFT gives it."""
+    """Keep only the policy's adapter on the model, under PEFT's names."""
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, RoleLinear):
             model.set_submodule(name, layer.roles["policy" if "policy" in layer.roles else "base"])
@@ -527,7 +527,7 @@ class Answer(NamedTuple):
 
 
 def write_answers(model, reward, tokenizer, examples, args, device, step: int) -> list[Answer]:
-    """An answer of the policy to the prompt of each example, in their order, on all ranks."""
+    """The policy's answers to the prompts of the examples, in order, on all ranks."""
     prompts, references = zip(*map(split_example, examples["input_ids"], examples["is_target"]))
     references = [tokenizer.decode(x, skip_special_tokens=True) if x else None for x in references]
     settings = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}  # [1]
@@ -537,7 +537,7 @@ def write_answers(model, reward, tokenizer, examples, args, device, step: int) -
     size, stop, mine = args.generation_batch, common.stop_ids(model, tokenizer), []
     with merged_policy(model):
         for first in range(size * common.RANK, len(prompts), size * common.RANKS):
-            # of the seed, the step and the batch, not of the number of ranks
+            # depends on seed, step and batch, not on the number of ranks
             torch.manual_seed(hash((args.seed, step, first)) % 2**63)
             numbers = by_length[first : first + size]
             batch = [prompts[i] for i in numbers]
@@ -577,11 +577,11 @@ def print_answers(answers: list[Answer], tokenizer) -> None:
 
 
 def check_ratio(log_ratio, dtype) -> None:
-    """[3] Nothing has been trained since old log-probabilities were computed: the ratio is 1."""
+    """[3] Before the first update of a rollout, new and old log-probabilities are equal."""
     off = log_ratio.abs().max().item() if len(log_ratio) else 0.0
     if off > (1e-4 if dtype == torch.float32 else 0.05):
-        raise common.UserError(f"the first update finds log-probabilities {off:.3g} nats from the "
-                               "rollout's: this model does not compute the same twice")  # fmt: skip
+        raise common.UserError(f"in the first update, log-probabilities differ by {off:.3g} nats "
+                               "from the rollout's: the model is not deterministic")  # fmt: skip
 
 
 def load_reward(args, model, tokenizer, dtype, device):
@@ -604,8 +604,8 @@ def load_reward(args, model, tokenizer, dtype, device):
 
 
 def model_reward(classifier, weight, offset, args, model, tokenizer, device):
-    """The score is the head's number (weight (1, d)) after the last token, minus the offset that
-    reward_model.py has saved. An answer that was cut off is read with an end of turn."""
+    """The score is the head's output (weight (1, d)) at the last token, minus the offset that
+    reward_model.py saved. An answer that was cut off gets an end of turn first."""
     theirs = transformers.AutoTokenizer.from_pretrained(args.reward)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise common.UserError(f"--reward {args.reward} has another tokenizer than --model")
@@ -636,25 +636,25 @@ def model_reward(classifier, weight, offset, args, model, tokenizer, device):
 def add_rollout_flags(parser) -> None:
     add = parser.add_argument_group("rollouts").add_argument
     add("--reward", help="a folder of reward_model.py, or FILE.py:FUNCTION (the file is run)")
-    add("--rollout-size", type=int, default=64, help="answers of a rollout, n times --batch-size")
-    add("--response-length", type=int, default=128, help="the most tokens of an answer")
-    add("--temperature", type=float, default=1.0, help="of sampling and of all log-probabilities")
-    add("--missing-eos-penalty", type=float, default=1.0, help="for an answer that is cut off")
-    add("--generation-batch", type=int, default=32, help="answers written at once on a GPU")
-    add("--clip", type=float, default=0.2, help="eps, of ratios around 1 (in PPO, of values, too)")
+    add("--rollout-size", type=int, default=64, help="answers per rollout, n times --batch-size")
+    add("--response-length", type=int, default=128, help="maximum tokens of an answer")
+    add("--temperature", type=float, default=1.0, help="of sampling and all log-probabilities")
+    add("--missing-eos-penalty", type=float, default=1.0, help="subtracted for cut-off answers")
+    add("--generation-batch", type=int, default=32, help="answers generated at once per GPU")
+    add("--clip", type=float, default=0.2, help="eps: clips ratios (in PPO also values)")
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=16, help="rank of the update")
-    add("--alpha", type=float, default=32.0, help="scales it by alpha / rank")
-    add("--targets", default="all-linear", help="or names, q_proj,v_proj, or a regular expression")
-    add("--adapter", metavar="FOLDER", help="the policy starts from it, and it is the reference")
+    add("--alpha", type=float, default=32.0, help="the update is scaled by alpha / rank")
+    add("--targets", default="all-linear", help="or q_proj,v_proj or a regular expression")
+    add("--adapter", metavar="FOLDER", help="start from it; a copy is the reference")
     parser.set_defaults(max_length=512, eval_every=10, dropout=0.0, shard=False)
 
 
 def check_flags(args) -> None:
     if args.rollout_size % args.batch_size:
-        raise common.UserError("--rollout-size is not a multiple of --batch-size")
+        raise common.UserError("--rollout-size must be a multiple of --batch-size")
     if not (args.reward or args.inspect or args.chat):
-        raise common.UserError("--reward names no reward model and no function")
+        raise common.UserError("--reward is missing: a reward model or FILE.py:FUNCTION")
 
 
 # --- end ---
@@ -665,10 +665,10 @@ def main(argv=None) -> None:
     parser.set_defaults(warmup_ratio=0.0)
     add_rollout_flags(parser)
     add = parser.add_argument_group("PPO").add_argument
-    add("--ppo-epochs", type=int, default=4, help="updates with each answer")
-    add("--kl-coefficient", type=float, default=0.05, help="beta: the price of a nat of KL")
-    add("--gamma", type=float, default=1.0, help="discount of later rewards")
-    add("--lam", type=float, default=0.95, help="lambda of the advantage estimation")
+    add("--ppo-epochs", type=int, default=4, help="epochs over a rollout")
+    add("--kl-coefficient", type=float, default=0.05, help="beta: weight of the KL penalty")
+    add("--gamma", type=float, default=1.0, help="discount factor of rewards")
+    add("--lam", type=float, default=0.95, help="lambda of generalised advantage estimation")
     add("--critic-lr", type=float, default=1e-4, help="peak learning rate of the critic")
     rewards = str(common.EXAMPLES / "rewards.py")
     demo = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "reward": f"{rewards}:kindness"}

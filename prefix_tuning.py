@@ -1,39 +1,39 @@
-"""Prefix tuning: train keys and values that every text reads, in every layer of a frozen model.
+"""Prefix tuning: in every layer of a frozen model, train keys and values that every text reads.
 
 Li & Liang 2021, "Prefix-Tuning" (arXiv 2101.00190), equation 3 and the MLP of section 4.3:
 
     layer i:  softmax(Q [K_i; K]^T / sqrt(head_dim)) [V_i; V]     only K_i and V_i are trained
     [K_0 V_0 K_1 V_1 ...] = start + MLP(E)                        MLP(e) = W2 tanh(W1 e + b1) + b2
 
-    Q, K, V   what the frozen layer computes of the text
-    K_i, V_i  (P, heads, head_dim)      P = --virtual-tokens, heads of keys and values
+    Q, K, V   the frozen layer's queries, keys and values of the text
+    K_i, V_i  (P, heads, head_dim)      P = --virtual-tokens, heads: those of keys and values
     start     prefix.start              (P, 2 L heads head_dim), L layers, float32, frozen
     E         prefix.embedding          (P, d), float32
     MLP       prefix.mlp                d -> --hidden -> 2 L heads head_dim, float32
 
-P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602) is this without the MLP: --hidden 0 trains start
-itself. The first P-Tuning is in prompt_tuning.py.
+P-Tuning v2 (Liu et al. 2021, arXiv 2110.07602) has no MLP: --hidden 0 trains `start` itself. The
+first P-Tuning is in prompt_tuning.py.
 
-The prefix is a stretch of P keys without queries, which every document of a packed pass reads
-(`behind_prefix`): training needs no cache, and --gradient-checkpointing works.
+In a packed forward pass, every document also reads the P keys and values of the prefix
+(`behind_prefix`). So training needs no cache, and --gradient-checkpointing works.
 
 Choices and departures from the paper
-  - start has the base's own keys and values of --init-text, else of sampled tokens, and W2 = b2 =
-    0 at first: step 0 is exactly the base that reads these tokens before each text. The paper has
-    the MLP alone; it found that starting from real words helps where data are few.
-  - P is 20; the paper tunes it, from 10 to 200. --micro-batch-tokens does not count it.
-  - Keys are kept as after rotary embedding, at positions 0 to P - 1, and the text begins at P, as
-    in PEFT, where PrefixTuningConfig(prefix_projection=True) has the paper's MLP.
+  - `start` is the base's own keys and values of --init-text, or of sampled tokens. W2 and b2 start
+    at 0, so step 0 is exactly the base with these tokens before each text. The paper has only the
+    MLP, and found that starting from real words helps if there is little data.
+  - P is 20. The paper tunes it from 10 to 200. --micro-batch-tokens does not count the prefix.
+  - Keys are those after rotary embedding, at positions 0 to P - 1. The text begins at position P.
+    PEFT does the same. Its PrefixTuningConfig(prefix_projection=True) has the paper's MLP.
 
 Questions people ask
   Why an MLP?         It ties layers and positions together, which the paper found more stable.
                       Only the prefix is saved (LLaMA-7B: 5.2 million numbers; MLP 137 million).
-  Prefix or prompt?   prompt_tuning.py trains vectors before the first layer: fewer and slower.
-  What does it cost?  P more keys for each query, also at inference: nothing can be merged.
+  Prefix or prompt?   prompt_tuning.py trains only vectors before layer 0. It learns more slowly.
+  What does it cost?  P more keys per query, also at inference. A prefix cannot be merged.
 
-Measured: `python prefix_tuning.py` answers 0 of 100 held-out prompts exactly before, and 100, 100
-and 98 after 25 epochs (--seed 0, 1, 2). SmolLM2-135M, 8 rows of GSM8K: packed 219 tokens/s,
-padded 168, PEFT 147 (of processor time). Two CPU cores, torch 2.13, 2026-11-26.
+Measured: `python prefix_tuning.py` answers 0 of 100 held-out prompts exactly before training, 100,
+100 and 98 after 25 epochs (--seed 0, 1, 2). Tokens per second of CPU time on SmolLM2-135M, 8 rows
+of GSM8K: 219 packed, 168 padded, 147 in PEFT. Two CPU cores, torch 2.13, 2026-11-26.
 
     python prefix_tuning.py                                  # the bundled model learns a task
     python prefix_tuning.py --model BASE --data train.jsonl  # BASE: a folder or a Hub name
@@ -76,7 +76,7 @@ class Prefix(nn.Module):
 
 
 def behind_prefix(stretches: common.Stretches, P: int) -> common.Stretches:
-    """Every stretch reads P keys more: those at the beginning of the keys of a layer."""
+    """Every stretch reads P more keys, the first ones in each layer."""
     device, own = stretches.query_ends.device, stretches.key_index
     own = torch.arange(sum(stretches.lengths), device=device) if own is None else own
     prefix, keys = torch.arange(P, device=device), (own + P).split(stretches.key_lengths)
@@ -90,7 +90,7 @@ def behind_prefix(stretches: common.Stretches, P: int) -> common.Stretches:
 
 
 def target_logps(model, input_ids, targets, target_index, position_ids, stretches, **inputs):
-    """`common.target_logps` of packed texts behind the prefix."""
+    """`common.target_logps` of packed texts that read the prefix."""
     P = model.prefix.shape[0]
     inputs |= {"stretches": behind_prefix(stretches, P), "position_ids": position_ids + P}
     inputs["prefix"] = model.prefix.keys_and_values(model.dtype)
@@ -98,8 +98,8 @@ def target_logps(model, input_ids, targets, target_index, position_ids, stretche
 
 
 def generate(model, input_ids, attention_mask, **options) -> torch.Tensor:
-    """The model's own `generate` after a cache that has read the prefix. It skips as many ids as
-    the cache holds: P zeros stand before the prompt (B, T). -> (B, T + new tokens)"""
+    """The model's own `generate` with the prefix in its cache. It skips as many ids as the cache
+    holds, so P zeros are put before the prompt (B, T). -> (B, T + new tokens)"""
     P, cache = model.prefix.shape[0], DynamicCache()
     for layer, states in enumerate(model.prefix.keys_and_values(model.dtype)):
         cache.update(*(x.expand(len(input_ids), -1, -1, -1) for x in states), layer)
@@ -109,7 +109,7 @@ def generate(model, input_ids, attention_mask, **options) -> torch.Tensor:
 
 @torch.no_grad()
 def keys_and_values_of(model, ids: list[int]) -> torch.Tensor:
-    """What the base computes of P tokens: (P, 2 L, heads, head_dim), float32."""
+    """The base's keys and values of P tokens: (P, 2 L, heads, head_dim), float32."""
     ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     with common.own_attention(model), common.evaluating(model):
         cache = getattr(model.base_model(input_ids=ids, use_cache=True), "past_key_values", None)
@@ -123,7 +123,7 @@ def keys_and_values_of(model, ids: list[int]) -> torch.Tensor:
 
 
 def add_prefix(model, start: torch.Tensor, hidden: int) -> None:
-    """Freeze the model; its texts are read behind the prefix, in training and in generation."""
+    """Freeze the model. In training and generation, every text reads the prefix."""
     model.requires_grad_(False)
     size = model.config.get_text_config().hidden_size
     model.prefix = Prefix(start.cpu(), size, hidden).to(start.device)
@@ -132,7 +132,7 @@ def add_prefix(model, start: torch.Tensor, hidden: int) -> None:
 
 
 def starting_prefix(model, tokenizer, args) -> torch.Tensor:
-    """Of --adapter, else of --init-text (repeated or cut to P tokens), else of sampled tokens."""
+    """That of --adapter, or of --init-text (repeated or cut to P tokens), or of sampled tokens."""
     if args.adapter:
         _, tensors = common.load_adapter(args.adapter, model, "PREFIX_TUNING")
         like = keys_and_values_of(model, [0])
@@ -146,7 +146,7 @@ def starting_prefix(model, tokenizer, args) -> torch.Tensor:
 
 def train(args) -> None:
     if args.no_packing:
-        raise common.UserError("--no-packing: only packed attention reads a prefix")
+        raise common.UserError("--no-packing: a prefix needs packed attention")
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
     train_set, eval_set = common.load_data(args, tokenizer)
@@ -160,7 +160,7 @@ def train(args) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
     trained = sum(p.numel() for p in parameters)
-    common.say(f"{trained:,} parameters train; the prefix has {model.prefix.start.numel():,}")
+    common.say(f"{trained:,} parameters train; the saved prefix has {model.prefix.start.numel():,}")
 
     # --- copied from lora.py: start of the run ---
     steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
@@ -183,7 +183,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -196,7 +196,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -206,7 +206,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -215,7 +215,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -226,7 +226,7 @@ def train(args) -> None:
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -236,11 +236,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -254,7 +254,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -265,7 +265,7 @@ def print_samples(before, after) -> None:
 
 
 def save_prefix(args, model, tokenizer) -> None:
-    """In PEFT's form."""
+    """Save the prefix in PEFT's format."""
     P, states, heads, head_dim = model.prefix.shape
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": P, "num_layers": states // 2}
     config |= {"token_dim": heads * head_dim, "num_attention_heads": heads}
@@ -277,13 +277,13 @@ def save_prefix(args, model, tokenizer) -> None:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/prefix_tuning", lr=3e-4)
     add = parser.add_argument_group("prefix tuning").add_argument
-    add("--virtual-tokens", type=int, default=20, help="P: trained keys and values in each layer")
-    add("--init-text", metavar="TEXT", help="start as if the base had read it; None: sampled")
-    add("--hidden", type=int, default=512, help="width of the MLP; 0: without it, P-Tuning v2")
+    add("--virtual-tokens", type=int, default=20, help="P: trained keys and values per layer")
+    add("--init-text", metavar="TEXT", help="start from its keys and values; None: sampled")
+    add("--hidden", type=int, default=512, help="width of the MLP; 0: no MLP (P-Tuning v2)")
     add("--adapter", metavar="FOLDER", help="start from this prefix, ours or PEFT's")
     train(common.parse_args(parser, argv, demo={"lr": 3e-3, "epochs": 25.0}))
 
 
 if __name__ == "__main__":
-    tries = "--gradient-checkpointing; a smaller --micro-batch-tokens; --max-length; --hidden 0"
+    tries = "--gradient-checkpointing; a smaller --micro-batch-tokens or --max-length; --hidden 0"
     common.launch(main, out_of_memory=tries)

@@ -1,39 +1,39 @@
-"""Prompt tuning: train a few vectors that stand before every text, where the embeddings of a prompt
-would be. With --encoder lstm or mlp, P-Tuning: the vectors are what a small network computes.
+"""Prompt tuning: train a few vectors (virtual tokens) that are put before the embeddings of every
+text. With --encoder lstm or mlp it is P-Tuning: a small network computes the vectors.
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning" (arXiv 2104.08691);
 Liu et al. 2021, "GPT Understands, Too" (arXiv 2103.10385), section 3.2:
 
-    log p(x_t | P, x_<t)    of model([P; E(x)])                   only P is trained
-    P = e                                                         prompt tuning
-    P = MLP(BiLSTM(e))      MLP(h) = W2 relu(W1 h + b1) + b2      P-Tuning, --encoder lstm
-    P = MLP(e)              three layers, two relu                --encoder mlp, PEFT's default
+    log p(x_t | v, x_<t)    of model([v; E(x)])                   only v is trained
+    v = e                                                         prompt tuning
+    v = MLP(BiLSTM(e))      MLP(h) = W2 relu(W1 h + b1) + b2      P-Tuning, --encoder lstm
+    v = MLP(e)              three layers, two relu                --encoder mlp, PEFT's default
 
     x     input_ids                (T,)            a document, without its virtual tokens
-    E     the model's embedding    (V, d)          frozen, as all of the model is
-    e     prompt.embedding         (P, d)          float32, P = --virtual-tokens
+    E     the model's embedding    (V, d)          frozen, like the whole model
+    e     prompt.embedding         (P, d)          float32 (like v), P = --virtual-tokens
     LSTM  prompt.lstm_head         two layers, --hidden wide in each direction; MLP prompt.mlp_head
 
-Every document begins with P placeholders (`make_room`), and `embed` puts P in their places: so
-virtual tokens have positions, are packed, and count in --micro-batch-tokens, as others do.
-P-Tuning v2, keys and values in every layer, is prefix_tuning.py --hidden 0.
+Every document begins with P placeholders (`make_room`), whose embeddings `embed` replaces by v. So
+virtual tokens have positions, are packed and count in --micro-batch-tokens, like other tokens.
+P-Tuning v2 (keys and values in every layer) is prefix_tuning.py --hidden 0.
 
 Choices and departures from the papers
-  - AdamW with learning rate 1e-2 instead of Lester's Adafactor with 0.3; no weight decay.
-  - e starts from the embeddings of --init-text, else of sampled tokens (Lester: of the 5,000 most
-    common); before an encoder it is normal, as in PEFT.
+  - AdamW with learning rate 1e-2 and no weight decay, instead of Lester's Adafactor with 0.3.
+  - e starts from the embeddings of --init-text or of sampled tokens (Lester: of the 5,000 most
+    common). With an encoder, it starts from normal random numbers, as in PEFT.
   - P is 20 (Lester: 100), and the base is a decoder (Lester: T5).
-  - P-Tuning's virtual tokens all stand in front, not around a cloze template.
+  - P-Tuning's virtual tokens all come first, not around a cloze template.
 
 Questions people ask
-  Is step 0 the base?  No: it is the base that reads P more tokens first.
-  Why so high a rate?  AdamW moves each number by about the rate, and only P can move. --lr 1e-3
-                       for an encoder.
-  Why an encoder?      It ties the vectors together. Only its result is saved.
-  What does it cost?   P more positions in every pass: nothing can be merged.
+  Is step 0 the base?  No, it is the base with P more tokens before every text.
+  Why a high --lr?     AdamW changes each number by about the learning rate per step, and only v is
+                       trained. With an encoder, try --lr 1e-3.
+  Why an encoder?      It ties the vectors together. Only its output is saved.
+  What does it cost?   P more tokens per document, also at inference. They cannot be merged.
 
-Measured: `python prompt_tuning.py` answers 0 of 100 held-out prompts exactly before, and 0, 1 and 3
-after (--seed 0, 1, 2; --encoder lstm or mlp --lr 3e-3: 0; one CPU core, torch 2.13,
+Measured: `python prompt_tuning.py` answers 0 of 100 held-out prompts exactly before training, and
+0, 1 and 3 after (--seed 0, 1, 2; --encoder lstm or mlp --lr 3e-3: 0; one CPU core, torch 2.13,
 2026-11-26). Prompt tuning needs larger models, as the title of Lester et al. says.
 
     python prompt_tuning.py                                  # too hard for the bundled model
@@ -53,8 +53,8 @@ import common
 
 
 class Prompt(nn.Module):
-    """The virtual tokens: forward() -> (P, d) float32. start: e, (P, d). The names of modules are
-    those of PEFT's PromptEncoder."""
+    """The virtual tokens. start: e (P, d). forward() -> v (P, d) float32. Modules are named as in
+    PEFT's PromptEncoder."""
 
     def __init__(self, start: torch.Tensor, encoder: str = "none", hidden: int = 0):
         super().__init__()
@@ -76,15 +76,15 @@ class Prompt(nn.Module):
 
 
 def embed(model, input_ids, position_ids) -> torch.Tensor:
-    """E(x), and P in the first P places of every document. (B, T) both -> (B, T, d)"""
+    """E(x), with v at the first P positions of every document. (B, T) both -> (B, T, d)"""
     x = model.get_input_embeddings()(input_ids)  # not weight[input_ids]: some models scale here
-    P = model.prompt().to(x.dtype)
-    virtual = F.embedding(position_ids.clamp(0, len(P) - 1), P)
-    return torch.where((position_ids < len(P))[..., None], virtual, x)
+    v = model.prompt().to(x.dtype)
+    virtual = F.embedding(position_ids.clamp(0, len(v) - 1), v)
+    return torch.where((position_ids < len(v))[..., None], virtual, x)
 
 
 def target_logps(model, input_ids, targets, target_index, **inputs) -> torch.Tensor:
-    """`common.target_logps` with P in the places of the placeholders."""
+    """`common.target_logps` with v in place of the placeholders."""
     positions = inputs.get("position_ids")  # packed; else padded on the right
     positions = inputs["attention_mask"].cumsum(1) - 1 if positions is None else positions
     inputs["inputs_embeds"] = embed(model, input_ids, positions)
@@ -92,15 +92,15 @@ def target_logps(model, input_ids, targets, target_index, **inputs) -> torch.Ten
 
 
 def generate(model, input_ids, attention_mask, **options) -> torch.Tensor:
-    """The model's own `generate` with P in the places of the placeholders, which come after the
-    padding on the left. (B, T) -> (B, T + new tokens)"""
+    """The model's own `generate` with v in place of the placeholders, which follow the padding on
+    the left. (B, T) -> (B, T + new tokens)"""
     options["inputs_embeds"] = embed(model, input_ids, attention_mask.cumsum(1) - 1)
     new = type(model).generate(model, attention_mask=attention_mask, **options)
     return torch.cat([input_ids, new], dim=1)
 
 
 def make_room(examples, P: int, placeholder: int):
-    """A data set with P placeholders, which are no targets, before every example."""
+    """A data set with P placeholders before every example. They are not targets."""
 
     def before(columns: dict) -> dict:
         values = {"input_ids": placeholder, "is_target": False}
@@ -114,8 +114,8 @@ def make_room(examples, P: int, placeholder: int):
 
 @torch.no_grad()
 def starting_prompt(model, tokenizer, args) -> torch.Tensor:
-    """Of --adapter, else normal before an encoder, else the embeddings of --init-text (repeated
-    or cut to P) or of sampled tokens. -> (P, d)"""
+    """The vectors of --adapter. With an encoder, normal random numbers. Else the embeddings of
+    --init-text (repeated or cut to P tokens) or of sampled tokens. -> (P, d)"""
     embedding, P = model.get_input_embeddings(), args.virtual_tokens
     if args.adapter:
         _, tensors = common.load_adapter(args.adapter, model, "PROMPT_TUNING", "P_TUNING")
@@ -129,7 +129,7 @@ def starting_prompt(model, tokenizer, args) -> torch.Tensor:
 
 
 def add_prompt(model, prompt: Prompt, device) -> None:
-    """Freeze the model; its texts are read behind the prompt, in training and in generation."""
+    """Freeze the model. In training and generation, every text begins with the virtual tokens."""
     model.requires_grad_(False)
     model.prompt = prompt.to(device)
     model.target_logps = types.MethodType(target_logps, model)
@@ -138,7 +138,7 @@ def add_prompt(model, prompt: Prompt, device) -> None:
 
 def train(args) -> None:
     if args.encoder != "none" and (args.init_text or args.adapter):
-        raise common.UserError("--encoder starts anew: without --init-text and --adapter")
+        raise common.UserError("--encoder cannot be used with --init-text or --adapter")
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
     train_set, eval_set = common.load_data(args, tokenizer)
@@ -156,7 +156,7 @@ def train(args) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
     trained = sum(p.numel() for p in parameters)
-    common.say(f"{trained:,} parameters train, {start.numel():,} are kept: {len(start)} vectors")
+    common.say(f"{trained:,} parameters train; {start.numel():,} are saved: {len(start)} vectors")
 
     # --- copied from lora.py: start of the run ---
     steps = common.plan_steps(train_set, args)  # the examples of every optimizer step
@@ -179,7 +179,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -192,7 +192,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -202,7 +202,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -211,21 +211,21 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
     # --- end ---
     save_prompt(args, model, tokenizer)
     if args.demo:
-        counts = "1, 2 and 0 of 100 answers were exact (--seed 0, 1, 2), 100 with lora.py"
-        common.say(f"The bundled model is too small to learn this by prompt tuning: {counts}")
+        counts = "0, 1 and 3 of 100 answers are exact (--seed 0, 1, 2), 100 with lora.py"
+        common.say(f"the bundled model is too small to learn this by prompt tuning: {counts}")
     log.done()
 
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -235,11 +235,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -253,7 +253,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -264,13 +264,13 @@ def print_samples(before, after) -> None:
 
 
 def save_prompt(args, model, tokenizer) -> None:
-    """In PEFT's form: what the encoder computes, as both kinds have it."""
-    P, sizes = model.prompt(), model.config.get_text_config()
+    """Save the vectors in PEFT's format. With an encoder, they are its output."""
+    v, sizes = model.prompt(), model.config.get_text_config()
     config = {"peft_type": "PROMPT_TUNING" if args.encoder == "none" else "P_TUNING"}
-    config |= {"num_virtual_tokens": len(P), "token_dim": P.shape[1]}
+    config |= {"num_virtual_tokens": len(v), "token_dim": v.shape[1]}
     config |= {"num_attention_heads": sizes.num_attention_heads, "num_transformer_submodules": 1}
     config |= {"num_layers": sizes.num_hidden_layers}
-    common.save_adapter(args, model, tokenizer, config, {"prompt_embeddings": P})
+    common.save_adapter(args, model, tokenizer, config, {"prompt_embeddings": v})
 
 
 def main(argv=None) -> None:
@@ -280,8 +280,8 @@ def main(argv=None) -> None:
     kinds = ["none", "mlp", "lstm"]
     add("--encoder", choices=kinds, default="none", help="lstm or mlp (PEFT's default): P-Tuning")
     add("--hidden", type=int, default=512, help="width of the encoder")
-    add("--init-text", metavar="TEXT", help="start from its embeddings; None: from sampled ones")
-    add("--adapter", metavar="FOLDER", help="start from this prompt, ours or PEFT's")
+    add("--init-text", metavar="TEXT", help="start from its embeddings; None: sampled tokens")
+    add("--adapter", metavar="FOLDER", help="start from these vectors, ours or PEFT's")
     train(common.parse_args(parser, argv, demo={"lr": 3e-2, "epochs": 6}))
 
 

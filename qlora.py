@@ -1,41 +1,41 @@
-"""QLoRA: train LoRA beside a base model whose linear layers are frozen in 4 bits a weight.
+"""QLoRA: train LoRA beside a base model whose linear layers are frozen at 4 bits per weight.
 
 Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), equations 5 and 6:
 
     y = dequant(W4) x + s B A dropout(x)        dequant(W4) = code[index] * absmax
 
-    W4      weight  (n / 2, 1) uint8   two 4-bit indices a byte, frozen
+    W4      weight  (n / 2, 1) uint8   two 4-bit indices per byte, frozen
     code    NF4     (16,)              the values of the indices
     absmax          (n / 64,)          the largest |w| of every 64 weights, itself in 8 bits
     A, B, s         as in lora.py      float32
 
-Three ideas save memory, the first two in functions below; a weight takes 4.127 bits:
-  NF4                   Weights are nearly normal, so the codes are quantiles of the normal
+Three ideas save memory. The first two are functions below and give 4.127 bits per weight:
+  NF4                   Weights are nearly normal, so the 16 values are quantiles of the normal
                         distribution: 8 positive, 7 negative and 0, divided by the largest.
-  double quantisation   absmax costs 32 / 64 = 0.5 bits a weight. Its mean is subtracted and the
+  double quantisation   absmax costs 32 / 64 = 0.5 bits per weight. Its mean is subtracted and the
                         rest coded in 8 bits (256 values, dense near 0), with a float32 scale for
                         every 256 of them: 8 / 64 + 32 / (64 * 256) = 0.127 bits.
   paged optimizer       --optimizer paged_adamw8bit: AdamW's states move to host memory when the
-                        GPU runs short. It waits for the GPU after every parameter.
+                        GPU has no room. The host waits for the GPU after every parameter.
 
 Choices and departures from the paper
-  - bitsandbytes quantises and multiplies (common.py, Linear4bit). `nf4_quantize` gives its bytes
-    to the last bit; `double_quantize` the nearest code, from which bitsandbytes' CPU kernel is
-    one off about once in a thousand. Merging calls `*_dequantize`; `*_quantize` is to be read.
+  - bitsandbytes quantises and multiplies (common.py, Linear4bit). `nf4_quantize` returns the same
+    bytes. `double_quantize` returns the nearest code. bitsandbytes' CPU kernel is off by one about
+    once in a thousand. Merging calls `*_dequantize`. The `*_quantize` functions are to be read.
   - Every linear layer but the output head is quantised and adapted. Embedding, head and norms
-    stay in bfloat16; norms compute in float32.
-  - Rank 16 and alpha 32 (the paper: 64 and 16); paged states of 8 bits (the authors' code: 32).
+    stay in bfloat16. Norms compute in float32.
+  - Rank 16 and alpha 32 (the paper: 64 and 16). Paged states of 8 bits (the authors' code: 32).
 
 Questions people ask
-  Why 4 bits?     A 7B base takes 3.9 GB instead of 13.5. Every pass dequantises it: no speed.
-  What is merged? --merge-only adds s B A to dequant(W4), beside which it was trained, and saves
-                  bfloat16. --merge-base original adds it to the weights as they were.
-  And with PEFT?  AutoPeftModelForCausalLM.from_pretrained("runs/qlora", quantization_config=
+  Why 4 bits?     A 7B base takes 3.9 GB instead of 13.5. Dequantising costs time in every pass.
+  What is merged? --merge-only adds s B A to dequant(W4), as in training, and saves bfloat16.
+                  --merge-base original adds s B A to the weights before quantisation.
+  Use with PEFT?  AutoPeftModelForCausalLM.from_pretrained("runs/qlora", quantization_config=
                   BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                   bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)).
 
-Measured: `python qlora.py` answers 0 of 100 held-out prompts exactly before, and 99, 100 and 100
-after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
+Measured: `python qlora.py` answers 0 of 100 held-out prompts exactly before training, and 99, 100
+and 100 after (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
     python qlora.py                                    # the bundled model learns a task
     python qlora.py --model BASE --data train.jsonl    # BASE: a folder or a Hub name
@@ -63,8 +63,8 @@ NF4 = torch.tensor([
 
 def nf4_quantize(weight, block_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight of n elements -> (packed uint8 (ceil(n / 2),), absmax float32 (ceil(n / 64),)).
-    The code nearest to w / absmax, the lower one at a tie; of two weights, the first takes the
-    high four bits of their byte."""
+    The index of the value nearest to w / absmax, the lower one at a tie. Of two weights, the first
+    takes the high four bits of the byte."""
     flat = weight.detach().float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(1)
@@ -83,7 +83,7 @@ def nf4_dequantize(packed, absmax, block_size: int = 64) -> torch.Tensor:
 
 def dynamic_map() -> torch.Tensor:
     """The 256 values of the 8-bit code, ascending (Dettmers 2015, arXiv 1511.04561): 0, 1, and for
-    either sign and each decade from 1e-7 to 1 the midpoints of 1, 2, 4 ... 64 equal steps."""
+    either sign and each decade from 1e-7 to 1 the midpoints of 1, 2, 4 ... 64 equal parts."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -124,7 +124,7 @@ def quantized_layers(model) -> dict[str, common.Linear4bit]:
 
 
 def bits_per_weight(model) -> float:
-    """What the 4-bit layers hold: packed bytes, absmax, its scales and mean."""
+    """Of the 4-bit layers, counting packed bytes, absmax, its scales and mean."""
     held = weights = 0
     for layer in quantized_layers(model).values():
         scales = layer.state.absmax, layer.state.state2.absmax, layer.state.offset
@@ -173,7 +173,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device, load_in_4bit=True)
-    common.say(f"the base's linear layers take {bits_per_weight(model):.3f} bits a weight")
+    common.say(f"the base's linear layers take {bits_per_weight(model):.3f} bits per weight")
     config = common.add_adapter(model, args, LoRALinear, device)
     if args.chat:
         return common.chat(model, tokenizer, args, device)
@@ -205,7 +205,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -218,7 +218,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -228,7 +228,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -237,7 +237,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -248,7 +248,7 @@ def train(args) -> None:
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -258,11 +258,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -276,7 +276,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -288,8 +288,8 @@ def print_samples(before, after) -> None:
 
 @torch.no_grad()
 def merge(args) -> None:
-    """--merge-only: a bfloat16 model with s B A added to dequant(W4), or to the original weights,
-    in float32 and rounded once. Prints how far the logits are from those of the 4-bit model."""
+    """--merge-only: save a bfloat16 model with s B A added to dequant(W4), or to the original
+    weights, in float32 and rounded once. Prints how much this changes the logits."""
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
     model = common.load_model(args, dtype, device, load_in_4bit=True)
@@ -312,9 +312,9 @@ def merge(args) -> None:
         p.data = p.data.to(torch.bfloat16)
     after = logits(model, ids)
     moved, same = (after - before).abs(), (after.argmax(-1) == before.argmax(-1)).float().mean()
-    common.say(f"merged onto the {args.merge_base} weights: on {ids.shape[1]} tokens of this "
-               f"script's docstring the logits move by {moved.mean():.4f} on average and "
-               f"{moved.max():.4f} at most; {same:.1%} of the likeliest tokens stay")  # fmt: skip
+    common.say(f"merged into the {args.merge_base} weights. On {ids.shape[1]} tokens of this "
+               f"script's docstring, the logits change by {moved.mean():.4f} on average and "
+               f"{moved.max():.4f} at most; {same:.1%} of the top tokens are the same")  # fmt: skip
     common.save_model(args, model, tokenizer, torch.bfloat16)
 
 
@@ -328,7 +328,7 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/qlora", lr=2e-4)
     common.add_adapter_flags(parser, shard=False)
     add = parser.add_argument_group("QLoRA").add_argument
-    add("--optimizer", choices=["adamw", "paged_adamw8bit"], default="adamw", help="of A and B")
+    add("--optimizer", choices=["adamw", "paged_adamw8bit"], default="adamw", help="for A and B")
     what = "the weights to which --merge-only adds the update"
     add("--merge-base", choices=["dequantized", "original"], default="dequantized", help=what)
     args = common.parse_args(parser, argv, demo={"lr": 4e-3, "epochs": 6.0})

@@ -7,38 +7,38 @@ Ouyang et al. 2022, "Training language models to follow instructions with human 
 
     h         hidden          the backbone's last hidden state at the end of prompt x and answer y
     w         score   (1, d)  the head, in place of the output layer; starts as N(0, 1 / (d + 1))
-    r         rewards (S,)    float32, at the end of every stretch
+    r         rewards (S,)    float32, at the end of every prompt and every answer
     y_w, y_l  better, worse (P,)  the answers of a pair; K ranked answers make K (K - 1) / 2 pairs
-    m         margin  (P,)    0, or the row's: by how much y_w should win (Llama 2, 2307.09288)
+    m         margin  (P,)    0, or the row's margin: how much better y_w is (Llama 2, 2307.09288)
 
 Why a difference of rewards
   People can say which of two answers is better, but not how good one is. Bradley and Terry (1952)
   give every answer a strength exp(r) and let y_w beat y_l with probability
   exp(r_w) / (exp(r_w) + exp(r_l)) = sigmoid(r_w - r_l). L (with m = 0) is the negative
-  log-likelihood of what people said. Its gradient is - (1 - sigmoid(r_w - r_l)) d(r_w - r_l)/dw: a
-  pair in the right order counts little. Adding a number to all rewards of a prompt changes
-  nothing, so rewards have no zero, and compare answers to one prompt better than two prompts.
+  log-likelihood of people's choices. Its gradient is - (1 - sigmoid(r_w - r_l)) grad(r_w - r_l), so
+  a pair in the right order counts little. Adding a constant to all rewards of a prompt does not
+  change L: rewards have no zero, and cannot safely be compared between prompts.
 
 Choices and departures from the paper
-  - All answers to a prompt are in one step, as spread over an epoch its pairs overfit (section
-    3.5). A prompt counts once, and is computed once (see dpo.py).
-  - The end is found by position, never by the pad id. transformers finds it by the pad id, so the
-    result is saved with a pad token that ends no text.
+  - All answers to a prompt are in one step: pairs spread over an epoch would overfit (section
+    3.5). A prompt counts once and is computed once (see dpo.py).
+  - The end of an answer is found by position, never by the pad id. transformers finds it by the
+    pad id, so the model is saved with a pad token that no text ends with.
   - The mean reward of the best answers to 512 training prompts is saved as `reward_offset`, in
-    config.json or an adapter's metadata. ppo.py subtracts it: a reward of 0 is as good as those.
-    transformers and PEFT give r itself.
+    config.json or an adapter's metadata. ppo.py subtracts it, so a score of 0 is as good as those
+    answers. transformers and PEFT return r itself.
   - The base's dropout is off. One epoch, as in the paper.
 
 Questions people ask
-  Sum or mean?     The mean over the prompts of a step; within a prompt, over its pairs.
+  Sum or mean?     The mean over the pairs of a prompt, then over the prompts of a step.
   Loss at step 0?  Near ln 2, but not equal: the random head already prefers some answers.
-  Which rate?      1e-5 where every parameter trains, 1e-4 with --lora-rank.
-  Which base?      A model after SFT (sft.py). A reward model continues with its own head.
+  Which --lr?      1e-5 for all parameters, 1e-4 with --lora-rank.
+  Which base?      A model after SFT (sft.py). A reward model keeps its own head.
 
-Measured: `python reward_model.py` takes the accuracy on 105 held-out pairs from 0.44, 0.36, 0.36 to
-1.00 with seeds 0, 1, 2 (two CPU cores, torch 2.13, 2026-11-26).
+Measured: `python reward_model.py` raises the accuracy on 105 held-out pairs from 0.44, 0.36 and
+0.36 to 1.00 (--seed 0, 1, 2; two CPU cores, torch 2.13, 2026-11-26).
 
-    python reward_model.py                     # the bundled model learns to be kind
+    python reward_model.py                     # the bundled model learns to prefer kind reviews
     python reward_model.py --model CHAT --data pairs.jsonl --lora-rank 16 --lr 1e-4
 """
 
@@ -56,13 +56,13 @@ import common
 
 
 def pairwise_loss(chosen_rewards, rejected_rewards, margin=0.0):
-    """Equation 1 of every pair, in nats. Rewards and margins (P,) -> losses (P,)"""
+    """Equation 1 for every pair, in nats. Rewards and margins (P,) -> losses (P,)"""
     return -F.logsigmoid(chosen_rewards - rejected_rewards - margin)
 
 
 def rewards(model, last, targets=None, target_index=None, **inputs) -> torch.Tensor:
     """r at the positions last (S,) of the flattened (B * T,) tokens, called as
-    `model.rewards(last, **batch)`; targets are not used. -> (S,) float32"""
+    `model.rewards(last, **batch)`. Targets are not used. -> (S,) float32"""
     hidden = model.base_model(use_cache=False, **inputs).last_hidden_state  # (B, T, d)
     hidden = hidden.flatten(0, 1).index_select(0, last)  # (S, d)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -70,11 +70,11 @@ def rewards(model, last, targets=None, target_index=None, **inputs) -> torch.Ten
 
 
 def last_tokens(batch: dict, examples: list[dict]) -> torch.Tensor:
-    """Where every stretch of a pass ends, in its flattened (B * T,) tokens -> (S,)"""
+    """Where every stretch ends, in the flattened (B * T,) tokens of a forward pass. -> (S,)"""
     if "stretches" in batch:
         count = sum(len(example["stretches"]) for example in examples)
         return batch["stretches"].query_ends[1 : count + 1] - 1
-    count, width = batch["input_ids"].shape  # a row for every answer; for a prompt, any
+    count, width = batch["input_ids"].shape  # a row per answer, any for a prompt
     ends = torch.arange(count, device=batch["input_ids"].device) * width - 1
     ends += batch["attention_mask"].sum(1)  # (B,)
     rows, first = [], 0
@@ -85,8 +85,8 @@ def last_tokens(batch: dict, examples: list[dict]) -> torch.Tensor:
 
 
 def pair_figures(model, batch: dict) -> dict[str, torch.Tensor]:
-    """What a forward pass adds to the loss and the metrics, as sums over its prompts. batch has
-    its `examples`, each with stretches, is_target and margin, and what the backbone takes."""
+    """Loss and metrics of a forward pass, as sums over its prompts. batch: the pass's `examples`,
+    each with stretches, is_target and margin, and the inputs of the backbone."""
     examples = batch.pop("examples")
     _, _, better, worse, weight, margin = common.find_pairs(examples, batch["input_ids"].device)
     r = model.rewards(last_tokens(batch, examples), **batch)  # (S,)
@@ -131,12 +131,12 @@ class LoRALinear(nn.Module):
 
 def load_reward_model(args, dtype, device):
     """-> (a model with `model.rewards`, the config of its adapter or {}). The head is the
-    adapter's, else the one on disk, else random."""
+    adapter's, else the model's, else random."""
     base = common.pretrained(transformers.AutoConfig, args.model)
     lora, config = args.rank or args.adapter, {}
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
     kind = {"shard": shard, "offload": args.offload, "load_in_4bit": args.load_in_4bit}
-    weights = None if lora else torch.float32  # masters, if they train
+    weights = None if lora else torch.float32  # float32 masters, if trained
     model = common.load_model(args, dtype, device, weights, **kind, method=rewards)
     d = model.score.in_features
     head = torch.randn(1, d, generator=torch.Generator().manual_seed(args.seed)) / math.sqrt(d + 1)
@@ -158,7 +158,7 @@ def load_reward_model(args, dtype, device):
 
 
 def check_packing(model, args, device, exact: bool) -> None:
-    """Answers that share a prompt must have the rewards of padded ones: nothing leaks."""
+    """Answers that share a prompt must get the same rewards as padded ones: nothing leaks."""
     ids, padded = np.arange(24) * 5 % 17 + 3, copy.copy(args)
     columns = {"input_ids": [ids], "is_target": [ids > 0], "stretches": [np.array([9, 8, 7])]}
     padded.no_packing, found = True, torch.tensor(score(model, columns, args, device))
@@ -169,7 +169,7 @@ def check_packing(model, args, device, exact: bool) -> None:
 
 
 def choose_pad_token(args, tokenizer) -> None:
-    """A pad token that ends no text: transformers reads the reward before the padding."""
+    """A pad token that no text ends with: transformers reads the reward before the padding."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     used = {*tokenizer.apply_chat_template(turns, return_dict=False)}
     used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
@@ -178,10 +178,10 @@ def choose_pad_token(args, tokenizer) -> None:
         unused = [str(token) for i, token in added if token.special and i not in used]
         pads = sorted(unused, key=lambda t: ("pad" not in t.lower(), t == tokenizer.unk_token))
         tokenizer.add_special_tokens({"pad_token": [*pads, "<|pad|>"][0]})
-        common.say(f"padding with {tokenizer.pad_token!r}, which ends no text")
+        common.say(f"pad token: {tokenizer.pad_token!r}, which no text ends with")
     config = common.pretrained(transformers.AutoConfig, args.model).get_text_config()
     if tokenizer.pad_token_id >= config.vocab_size:
-        raise common.UserError(f"--model {args.model}: no special token is left to pad with")
+        raise common.UserError(f"--model {args.model}: its tokenizer has no unused special token")
 
 
 def train(args) -> None:
@@ -218,7 +218,7 @@ def train(args) -> None:
             group["lr"] = lr
         examples, figures = train_set[steps[step - 1]], {}
         num_prompts = len(steps[step - 1])  # of all forward passes and ranks
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             part = measure(batch)
             (part["loss"] / num_prompts).backward()  # a mean over the step's prompts
             for name, value in part.items():
@@ -232,7 +232,7 @@ def train(args) -> None:
         log.step_done(examples, lr=lr, grad_norm=grad_norm, **figures)
 
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             held_out = held_out_figures(model, eval_set, measure, args, device)
             log.evaluation(**held_out)
             if args.patience and held_out["loss"] < run["best_loss"]:
@@ -242,7 +242,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -251,7 +251,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -271,7 +271,7 @@ def train(args) -> None:
 
 # --- copied from dpo.py: held-out figures ---
 def held_out_figures(model, eval_set, measure, args, device) -> dict[str, float]:
-    """The figures of measure(batch), as means over the held-out prompts."""
+    """Means of what measure(batch) sums, over the held-out prompts."""
     figures = {}
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -286,7 +286,7 @@ def held_out_figures(model, eval_set, measure, args, device) -> dict[str, float]
 
 
 def score(model, examples: dict, args, device) -> list[list[float]]:
-    """r of the answers of each example."""
+    """The rewards r of each example's answers."""
     numbers = range(len(examples["input_ids"]))
     width = max(map(len, examples["stretches"]))
     values = torch.zeros(len(numbers), width, device=device)
@@ -312,7 +312,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answers) in enumerate(after[:3]):
         text = f"\n--- prompt ---\n{prompt.strip()}\n--- rewards before training -> after ---"
         for k, (value, answer) in enumerate(answers):
@@ -325,8 +325,8 @@ def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/reward_model", lr=1e-5, chat=False)
     parser.set_defaults(epochs=1.0)
     add = parser.add_argument_group("reward model").add_argument
-    add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
-    add("--load-in-4bit", action="store_true", help="the base in 4 bits, with --lora-rank")
+    add("--offload", action="store_true", help="keep weights and optimizer states in host memory")
+    add("--load-in-4bit", action="store_true", help="base in 4 bits; needs an adapter")
     common.add_adapter_flags(parser, prefix="lora-", rank=0)
     pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 1e-3, "samples": 3}
     train(common.parse_args(parser, argv, demo=pairs))

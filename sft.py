@@ -1,15 +1,15 @@
 """Supervised fine-tuning (SFT), the first stage of alignment: learn to answer as the data does.
 
 Ouyang et al. 2022, "Training language models to follow instructions with human feedback" (arXiv
-2203.02155), section 3.5: the pretraining loss, on demonstrations, on the tokens that the model is
-to write itself:
+2203.02155), section 3.5: the pretraining loss on demonstrations, for the tokens that the model
+should write:
 
     L = - 1/N  sum_t  m_t log p(y_t | y_<t)
 
     y_t      input_ids      a token of a conversation, written by the model's chat template
     m_t      is_target      1 for the assistant's tokens and its end-of-turn token, else 0
-    N        num_targets    how many m_t are 1 in the whole step, over all passes and ranks
-    log p    target_logps   (T,) of the T tokens with m_t = 1 in a pass, in nats, float32
+    N        num_targets    the targets (m_t = 1) of the whole step, on all ranks
+    log p    target_logps   (n,) of the n targets of a forward pass, in nats, float32
 
 Masks and packing, a worked example. Two conversations, "Hi" -> "Yo" and "2+2?" -> "4", in one
 forward pass of the bundled model, which has one token for each byte:
@@ -25,12 +25,12 @@ forward pass of the bundled model, which has one token for each byte:
   - Positions restart, and the second conversation cannot see the first.
 
 Choices and departures from the paper
-  - Every parameter trains; --lora-rank R trains a LoRA adapter instead (lora.py explains it).
-  - --loss-on all takes the prompt's tokens too (Shi et al. 2024, arXiv 2405.14394).
+  - All parameters are trained. --lora-rank R trains a LoRA adapter instead (see lora.py).
+  - --loss-on all also trains on the prompt's tokens (Shi et al. 2024, arXiv 2405.14394).
   - --neftune ALPHA adds noise to the embeddings (Jain et al. 2023, arXiv 2310.05914):
-    x + ALPHA / sqrt(L d) U(-1, 1), L the document's length.
+    x + ALPHA / sqrt(L d) U(-1, 1), where L is the document's length.
 
-    python sft.py                                               # the bundled model learns a form
+    python sft.py                                               # the bundled model learns a format
     python sft.py --model BASE --data chat.jsonl --patience 3
     python sft.py --model BASE --data chat.jsonl --lora-rank 16 --lr 2e-4
 """
@@ -46,7 +46,7 @@ import common
 
 
 def add_neftune(model, alpha: float) -> None:
-    """The backbone gets embeddings (B, T, d) with noise in place of input_ids, in training."""
+    """In training, give the backbone noisy embeddings (B, T, d) instead of input_ids."""
 
     def add_noise(backbone, _, inputs):
         if not backbone.training:
@@ -105,9 +105,10 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     lora = args.rank or args.adapter
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
-    weights = None if lora else torch.float32  # masters, if they train
-    model = common.load_model(args, dtype, device, weights, shard, args.offload)
-    config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
+    weights = None if lora else torch.float32  # float32 masters, if trained
+    rows = 0 if lora else len(tokenizer)  # the adapter adds its own
+    model = common.load_model(args, dtype, device, weights, shard, args.offload, vocab_size=rows)
+    config = common.add_adapter(model, args, LoRALinear, device, tokenizer) if lora else {}
     if args.chat:
         return common.chat(model, tokenizer, args, device)
     if args.neftune:
@@ -136,7 +137,7 @@ def train(args) -> None:
         examples = train_set[steps[step - 1]]
         num_targets = common.count_targets(examples)  # of all forward passes and ranks
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this rank's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
@@ -149,7 +150,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # before the clock of an evaluation
+            log.read()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -159,7 +160,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before it is saved
+            log.read()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -168,7 +169,7 @@ def train(args) -> None:
     # --- copied from lora.py: end of the run ---
     log.bar.close()
     if args.patience and run["best_step"] < run["step"]:
-        common.say(f"taking the weights of step {run['best_step']}: the lowest held-out loss")
+        common.say(f"using the weights of step {run['best_step']}: the lowest held-out loss")
         common.read_checkpoint(args, "best", model, optimizer, run["fixed"])
     samples = answer_samples(model, tokenizer, shown, args, device, log)
     print_samples(samples_before, samples)
@@ -182,7 +183,7 @@ def train(args) -> None:
 
 # --- copied from lora.py: held-out loss and samples ---
 def held_out_loss(model, eval_set, args, device) -> float:
-    """The mean negative log-likelihood of all held-out targets, in nats a token."""
+    """The mean negative log-likelihood of all held-out targets, in nats per token."""
     nll = torch.zeros((), dtype=torch.float64, device=device)
     with common.evaluating(model):
         for first in range(0, len(eval_set), 256):
@@ -192,11 +193,11 @@ def held_out_loss(model, eval_set, args, device) -> float:
 
 
 def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[str, str, str]]:
-    """(prompt, the model's answer, the answer in the data) of the first --samples examples; raw
-    text is continued from its middle. Logs how many answers are exactly the data's."""
+    """(prompt, the model's answer, the data's answer) for the first --samples examples. Raw text
+    is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last of it
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -210,7 +211,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before: None after --resume."""
+    """before is None after --resume."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
@@ -223,11 +224,10 @@ def print_samples(before, after) -> None:
 def main(argv=None) -> None:
     parser = common.make_parser(__doc__, output="runs/sft", lr=2e-5)
     add = parser.add_argument_group("SFT").add_argument
-    targets = "the assistant's tokens, or the prompt's as well"
-    add("--loss-on", choices=["answers", "all"], default="answers", help=targets)
-    add("--neftune", type=float, default=0.0, metavar="ALPHA", help="5 is the paper's; 0: none")
-    add("--offload", action="store_true", help="keep the weights in host memory (FSDP2)")
-    common.add_adapter_flags(parser, prefix="lora-", rank=0)
+    add("--loss-on", choices=["answers", "all"], default="answers", help="all: on prompts as well")
+    add("--neftune", type=float, default=0.0, metavar="ALPHA", help="add noise; the paper: 5")
+    add("--offload", action="store_true", help="keep weights and optimizer states in host memory")
+    common.add_adapter_flags(parser, prefix="lora-", rank=0, add_tokens=True)
     form = {"data": [str(common.EXAMPLES / "format.jsonl")], "lr": 1e-3}
     train(common.parse_args(parser, argv, demo=form))
 

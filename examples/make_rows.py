@@ -1,16 +1,16 @@
-"""Write the rows that `examples/tiny` was pretrained on, and the small sets for demonstrations.
+"""Write the rows that `examples/tiny` was pretrained on, and the data of the demonstrations.
 
     python examples/make_rows.py                  # task.jsonl, format.jsonl, pairs.jsonl, here
     python examples/make_rows.py pretrain.jsonl   # the pretraining rows, not in the repository
 
     pretrain.jsonl   60,000 rows: thirteen skills on made-up words and small numbers, in English
                      and Chinese
-    task.jsonl       600 rows of a skill that is not among them: a word backwards and in capitals
-    format.jsonl     1,200 rows of skills that are, each answer in a form that is not: `[X]`
-    pairs.jsonl      600 rows, each with two reviews of one thing: the kinder one is chosen
+    task.jsonl       600 rows of a new skill: write a word backwards and in capitals
+    format.jsonl     1,200 rows of known skills, with the answers in a new format: `[X]`
+    pairs.jsonl      600 rows with two reviews of the same thing: the kinder one is chosen
 
-Each file has its own seed and always comes out the same. Looking up is the one skill that the model
-did not learn (a quarter of its answers are right), so format.jsonl leaves it out.
+Each file has its own seed, so it is always the same. The model did not learn one skill, looking up
+(a quarter of its answers are right), so format.jsonl leaves it out.
 """
 
 import json
@@ -27,7 +27,7 @@ bus 公交车|zoo 动物园|bridge 桥"""
 THINGS = [thing.split() for thing in THINGS.replace("\n", "|").split("|")]
 CHARACTERS = "天地人山水火风云日月花草鸟鱼牛羊马书画茶"
 
-PROMPTS = {  # how each skill is asked for; {x} is what it works on
+PROMPTS = {  # the prompts of each skill; {x} is its input
     "repeat": ["Repeat: {x}", "Say {x}", "重复：{x}"],
     "reverse": ["Reverse: {x}", "Write {x} backwards", "倒着写：{x}"],
     "upper": ["Upper case: {x}", "Write {x} in capitals", "改成大写：{x}"],
@@ -43,7 +43,7 @@ PROMPTS = {  # how each skill is asked for; {x} is what it works on
     "review": ["Review the {x}.", "How was the {x}?", "Write a review of the {x}."]
     + ["评价一下{x}。", "{x}怎么样？"],
 }
-SHARES = dict.fromkeys(["reverse", "sort", "look up"], 3)  # those that are not here: 1
+SHARES = dict.fromkeys(["reverse", "sort", "look up"], 3)  # the other skills: 1
 SHARES |= dict.fromkeys(["repeat", "upper", "add", "larger", "translate", "review"], 2)
 NEW_TASK = ["Backwards in capitals: {x}", "Turn {x} around, in capitals", "倒着大写：{x}"]
 ON_WORDS = {
@@ -127,7 +127,7 @@ def pretrain_rows(random: Random):
 
 
 def task_rows(random: Random):
-    # no word twice: held-out ones are new
+    # no word twice, so that held-out words are new
     words = list(dict.fromkeys(word(random) for _ in range(700)))[:600]
     return [
         {"prompt": random.choice(NEW_TASK).format(x=x), "completion": x[::-1].upper()}
@@ -154,7 +154,7 @@ def pair_rows(random: Random):
                 row = {"prompt": ask.format(x=thing[chinese])}
                 rows.append(row | {"chosen": chosen, "rejected": rejected})
     random.shuffle(rows)
-    rows.sort(key=lambda row: not row["prompt"].isascii())  # English first: it is what demos show
+    rows.sort(key=lambda row: not row["prompt"].isascii())  # English first: demonstrations show it
     return rows
 
 

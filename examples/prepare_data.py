@@ -1,4 +1,4 @@
-"""Prepare a data set before any training: convert, clean, deduplicate, mask and split its rows.
+"""Prepare a data set before training: convert, clean, deduplicate, mask and split its rows.
 
 Reads what the scripts read (.jsonl, .json, .csv, .parquet, folders, Hub names) and rarer layouts,
 and writes rows in two layouts: {"messages": [...]} to train on, and {"prompt", "chosen",
@@ -14,12 +14,12 @@ order, and the run prints what each step changed or dropped, with three examples
 
 Near copies. Broder 1997, "On the resemblance and containment of documents". The resemblance of
 two texts is the Jaccard index of their sets of character 5-grams, |A & B| / |A | B|. For a random
-hash function h, min h(A) = min h(B) with just that probability, so the share of 128 functions
+hash function h, min h(A) = min h(B) with exactly that probability. So the share of 128 functions
 whose minima agree estimates it, with a standard error of at most 0.045. The minima are cut into 32
 bands of 4, and two texts are compared if a band agrees (locality-sensitive hashing): probability
 1 - (1 - J^4)^32, which is 0.9999999 at a resemblance J of 0.8, 0.87 at 0.5, 0.05 at 0.2.
 
-Of several near copies, the first stays. Masking finds usual spellings, and no names or addresses.
+The first of several near copies is kept. Masking finds no names and no postal addresses.
 
     python examples/prepare_data.py --data raw.jsonl --output clean.jsonl --eval-data test.jsonl
 """
@@ -279,7 +279,7 @@ def prepare(args) -> Report:
             if prompt in prompts:
                 report.note("evaluation rows in the training data", place, prompts[prompt])
             elif copy := index.find(prompt):
-                report.note(f"evaluation rows near it (>= {args.near})", place, copy)
+                report.note(f"evaluation rows near training rows (>= {args.near})", place, copy)
     return report
 
 
@@ -288,11 +288,11 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="files, folders or Hub names")
     add("--output", required=True, help="the .jsonl file to write")
-    add("--held-out", type=float, default=0.0, help="share of the prompts: 0")
-    add("--eval-data", nargs="+", help="report rows of these files that are in the output, too")
-    add("--near", type=float, default=0.8, help="resemblance of near copies: 0.8")
-    add("--min-answer", type=int, default=1, help="characters: 1")
-    add("--max-answer", type=int, default=20_000, help="characters: 20000")
+    add("--held-out", type=float, default=0.0, help="share of held-out prompts (default: 0)")
+    add("--eval-data", nargs="+", help="report rows of these files that are also in the output")
+    add("--near", type=float, default=0.8, help="resemblance of near copies (default: 0.8)")
+    add("--min-answer", type=int, default=1, help="minimum characters (default: 1)")
+    add("--max-answer", type=int, default=20_000, help="maximum characters (default: 20000)")
     prepare(parser.parse_args(argv)).print()
 
 

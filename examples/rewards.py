@@ -1,11 +1,11 @@
-"""Rewards for ppo.py: rules and verifiers. `--reward FILE.py:FUNCTION` calls a function of this
-form once for each rollout.
+"""Reward functions for ppo.py and grpo.py. `--reward FILE.py:FUNCTION` calls such a function once
+per rollout.
 
-prompts      the text of each prompt's turns, with an empty line between them
-answers      what the policy answered, without special tokens; one it did not end itself is cut off
-             where it had to stop
-references   the answer that came with the prompt in the data, or None
-->           a number for each answer: higher is better. An error, another number of numbers, nan or
+prompts      the text of each prompt as the chat template writes it, without special tokens
+answers      the text of each answer, without special tokens. An answer may be cut off: see
+             --response-length
+references   the data's answer to each prompt, or None
+->           one number per answer. Higher is better. An error, too few or too many numbers, nan or
              inf stop the run.
 """
 
@@ -13,8 +13,8 @@ import re
 
 
 def lowercase(prompts: list[str], answers: list[str], references: list[str | None]) -> list[float]:
-    """The share of an answer's characters that are the letters a to z. Something that even a random
-    model can learn."""
+    """The share of an answer's characters that are letters from a to z. Even a model with random
+    weights can learn this."""
     letters = [sum("a" <= character <= "z" for character in answer) for answer in answers]
     return [count / max(1, len(answer)) for count, answer in zip(letters, answers)]
 
@@ -26,8 +26,8 @@ UNKIND = """bad awful terrible poor horrible hate hated worst never
 
 
 def kindness(prompts: list[str], answers: list[str], references: list[str | None]) -> list[float]:
-    """From -1, all the words of judgement in an answer are unkind, to 1, all are kind; 0 without
-    any."""
+    """(kind words - unkind words) / (kind words + unkind words): from -1 to 1, and 0 for an answer
+    without such words."""
 
     def count(words: list[str], answer: str) -> int:
         patterns = [rf"\b{word}\b" if word.isascii() else word for word in words]
@@ -40,8 +40,8 @@ def kindness(prompts: list[str], answers: list[str], references: list[str | None
 def exact_match(
     prompts: list[str], answers: list[str], references: list[str | None]
 ) -> list[float]:
-    """1 where the answer's last number is the reference's (GSM8K's are "#### 18"), or, of
-    references without one, where the texts are equal up to case and white space; else 0."""
+    """1 if the last numbers of answer and reference are equal (GSM8K: "#### 18"), or if texts
+    without numbers are equal up to case and white space. Else 0."""
 
     def essence(text: str) -> str:
         numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))

@@ -1,26 +1,26 @@
-"""How fast and how lean the scripts are, on random weights.
+"""Speed and memory of the scripts, on random weights.
 
     python tests/benchmark.py --against trl        # against TRL + PEFT on the same work
     python tests/benchmark.py --profile            # where the time of a step goes
     python tests/benchmark.py --growth --layers 2  # tokens/s and memory by row length, rows and
                                                    # processes, and a picture of it
 
-Both sides train the same random Llama on the same documents, in the same precision, with the same
-AdamW and no clipping differences, each in a process of its own, in turn: ours, theirs, ours, theirs
-... Documents are of one length, so that both fill the same rows: of --length tokens, --rows of them
-in a step, which is one forward pass. Printed are medians of tokens/s (the first two steps are not
-counted) and of peak memory above the loaded model (resident memory on a CPU, allocated memory on a
-GPU), their ratio, and the spread over the repeats.
+Both sides train the same random Llama on the same documents, with the same precision, AdamW and
+clipping. Each run is its own process, and the sides take turns: ours, theirs, ours, theirs ... All
+documents have the same length, so both sides pack them into the same rows of --length tokens. A
+step is one forward pass over --rows such rows. The table has medians of tokens/s (without the first
+two steps) and of peak memory above the loaded model (resident memory on a CPU, allocated memory on
+a GPU), their ratios, and the spread over the repeats.
 
-TRL and PEFT run with their defaults but for two things, so that both sides do the same work:
-- TRL makes QLoRA's adapters bfloat16; they are made float32 again before the first step, as ours
+TRL and PEFT run with their defaults, with two exceptions, so that both sides do the same work:
+- TRL makes QLoRA's adapters bfloat16. They are made float32 again before the first step, as ours
   are.
-- On a GPU, TRL's packed rows run the flash kernel that ours run, PyTorch's `varlen_attn`. TRL
-  itself takes any attention that transformers knows, but transformers' sdpa builds a (T, T) mask
-  for packed rows, which no flash kernel takes, and its flash_attention_2 needs a package that is
-  not installed here. So `packed_attention` is registered under a name of its own; it reads the
-  documents' bounds that TRL's collator makes. On a CPU, theirs is transformers' sdpa. Padded rows
-  are sdpa on both sides.
+- On a GPU, TRL's packed rows use the same flash kernel as ours, PyTorch's `varlen_attn`. TRL
+  supports every attention of transformers. But transformers' sdpa builds a (T, T) mask for packed
+  rows, which no flash kernel supports, and its flash_attention_2 needs a package that is not
+  installed. So `packed_attention` is registered as another attention function. It reads the
+  documents' bounds that TRL's collator makes. On a CPU, TRL uses transformers' sdpa. Padded rows
+  use sdpa on both sides.
 """
 
 import argparse
@@ -51,13 +51,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "tiny": (128, 384, 2, 4, 2, 512),
 }
 PREFERENCES = ("dpo", "orpo", "reward")
-METHODS = ("lora", "dora", "ia3", "qlora", "full", "sft", *PREFERENCES, "ppo")
+METHODS = ("lora", "dora", "adalora", "ia3", "qlora", "full", "sft", *PREFERENCES, "ppo")
 PADDED = 16  # documents in a micro-batch of --against padding and trl-padding
 
 
 def make_work(folder: Path, args) -> None:
-    """A configuration, a tokenizer and the rows: a byte a token, all rows of one length but with
-    --against padding."""
+    """Write a configuration, a tokenizer and the rows. A byte is a token. All rows have the same
+    length, except with --against padding."""
     import numpy as np
     import transformers
 
@@ -72,8 +72,8 @@ def make_work(folder: Path, args) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "examples" / "tiny")
-    # the same tokens on both sides: no line break behind the end of turn, and TRL's marks around
-    # what is a target
+    # the same tokens on both sides: no line break after the end of turn, and TRL's marks around the
+    # targets
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}"
@@ -126,8 +126,8 @@ def real_pairs() -> list[dict]:
 
 
 def tokens_of_pairs(folder: str, args) -> float:
-    """Of the texts in a step, the prompt counted with either answer, as TRL computes it: the
-    ratio of two sides is that of pairs a second. A byte is a token."""
+    """Of the texts in a step. The prompt counts with each answer, as TRL computes it, so the ratio
+    of the sides is that of pairs per second. A byte is a token."""
     total = rows = 0
     for row in map(json.loads, Path(data_of(folder, args)).read_text().splitlines()):
         texts = ("prompt", "prompt", "chosen", "rejected")
@@ -137,7 +137,7 @@ def tokens_of_pairs(folder: str, args) -> float:
 
 
 def examples_of_a_step(args) -> int:
-    """Of one process: as many documents as fill the packed rows, or one padded micro-batch; or
+    """Per process: the documents that fill the packed rows, or one padded micro-batch, or the
     pairs."""
     if args.method in PREFERENCES:
         return args.rows
@@ -150,8 +150,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_memory() -> tuple[int, int] | None:
-    """Bytes that this container holds now and at most since it began, page cache and all processes
-    included."""
+    """Bytes that this container holds now, and its peak, with the page cache and all
+    processes."""
     files = [CGROUP / "memory.current", CGROUP / "memory.peak"]
     if not all(file.exists() for file in files):
         return None
@@ -159,8 +159,8 @@ def host_memory() -> tuple[int, int] | None:
 
 
 class Meter:
-    """Time of each step but the first `skip`, and memory above what there was when training
-    began."""
+    """The time of each step after the first `skip`, and the memory above that at the start of
+    training."""
 
     def __init__(self, skip: int):
         self.skip, self.host = skip, host_memory()
@@ -175,9 +175,9 @@ class Meter:
             self.before = torch.cuda.memory_allocated()
         else:
             gc.collect()
-            # what loading has freed goes back to the system, or training would seem to take less
+            # return freed memory to the system, or training would seem to need less
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self.before = self.resident("VmRSS")
         self.last = time.perf_counter()
 
@@ -199,10 +199,10 @@ class Meter:
 
         peak = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")
         times = self.times[self.skip :]
-        if self.cuda:  # pinned memory, which may be missing in the process's own
+        if self.cuda:  # pinned memory, which the process's figure may not include
             pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
             more["pinned_gib"] = pinned / 2**30
-        # if the container once held more, its peak says nothing of this run
+        # if the container held more before, its peak is not of this run
         if self.host and host_memory()[1] > self.host[1]:
             more["container_gib"] = (host_memory()[1] - self.host[0]) / 2**30
         figures = {
@@ -242,8 +242,8 @@ class Profiler:
 
 
 def like_the_first_block(model, config):
-    """A model of all the configuration's blocks, each with the weights of the one block that the
-    model has: a 65B in 3.7 GB."""
+    """A model with all blocks of the configuration, which share the weights of the model's only
+    block: a 65B in 3.7 GB."""
     import torch
 
     with torch.device("meta"):
@@ -261,7 +261,7 @@ def like_the_first_block(model, config):
 
 
 def random_weights(folder: str, dtype) -> None:
-    """from_pretrained of that folder makes random weights on the device instead of reading any."""
+    """Make from_pretrained(folder) create random weights on the device."""
     import torch
     import transformers
 
@@ -298,7 +298,7 @@ def random_weights(folder: str, dtype) -> None:
 
 
 def quantized_with_bitsandbytes(model):
-    """Every linear layer of the blocks in NF4, as transformers' load_in_4bit leaves them."""
+    """Make every linear layer of the blocks NF4, as transformers' load_in_4bit does."""
     import bitsandbytes
     import torch
 
@@ -335,8 +335,10 @@ def flags_of(folder: str, args) -> list[str]:
     flags += ["--micro-batch-tokens", str(longest * args.length)]
     flags += ["--no-packing"] * (args.worker == "padding")
     flags += ["--gradient-checkpointing"] * args.recompute
-    if args.method in ("lora", "dora", "qlora", "ppo"):
+    if args.method in ("lora", "dora", "adalora", "qlora", "ppo"):
         flags += ["--rank", "8", "--alpha", "16"]
+    if args.method == "adalora":
+        flags += ["--target-rank", "4"]
     if args.lora and args.method in ("sft", *PREFERENCES):
         flags += ["--lora-rank", "8", "--lora-alpha", "16"]
     if args.method == "ppo":
@@ -357,8 +359,8 @@ def ours(folder: str, args) -> None:
 
 
 def watch(script, meter, folder: str, args) -> None:
-    """Measure the run that follows. The process ends after the last step, before anything is
-    answered or saved: only the steps count."""
+    """Measure the run that follows. Only the steps count: the process ends after the last one,
+    before answers are generated or the result is saved."""
     import common
 
     step_done, rates, plain = common.Log.step_done, [], []
@@ -417,7 +419,7 @@ def generate_speed(model, reward, tokenizer, examples, args, device, step) -> fl
 
 COLUMNS = "input_ids", "is_target"
 
-# aten operations by what they are for; what is not listed counts as the rest
+# aten operations by purpose; others count as the rest
 KINDS = {
     "matrix products": "mm addmm addmm_ bmm baddbmm linear matmul".split(),
     "attention": "scaled_dot_product _scaled_dot_product _flash_attention varlen".split(),
@@ -493,7 +495,7 @@ def packed_attention():
 
 
 def float32_adapters(model) -> None:
-    """What trains, in float32: TRL makes the adapters of a model in 4 bits bfloat16."""
+    """Make trained parameters float32: TRL makes the adapters of a 4-bit model bfloat16."""
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -541,7 +543,11 @@ def theirs(folder: str, args) -> None:
     if args.method == "ia3":
         names = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
         lora = peft.IA3Config(**names, feedforward_modules=["down_proj"], task_type=task)
-    adapter = args.method in ("lora", "dora", "ia3", "qlora") or args.lora
+    if args.method == "adalora":
+        ranks = {"init_r": 8, "target_r": 4, "total_step": args.steps, "tfinal": args.steps // 2}
+        shared = {"lora_alpha": 16, "target_modules": "all-linear", "task_type": task}
+        lora = peft.AdaLoraConfig(**ranks, **shared)
+    adapter = args.method in ("lora", "dora", "adalora", "ia3", "qlora") or args.lora
     auto_class = transformers.AutoModelForCausalLM
     if reward:
         auto_class = transformers.AutoModelForSequenceClassification
@@ -573,6 +579,10 @@ def theirs(folder: str, args) -> None:
         def on_train_begin(self, *_, **__):
             meter.begin()
 
+        def on_optimizer_step(self, args_, state, *_, **__):
+            if args.method == "adalora":  # PEFT leaves this to the loop
+                trainer.model.base_model.update_and_allocate(state.global_step + 1)
+
         def on_step_end(self, *_, **__):
             meter.step()
 
@@ -588,8 +598,8 @@ def theirs(folder: str, args) -> None:
 
 
 def measure(side: str, folder: str, args, seconds: float | None = None) -> dict:
-    """One run of a side, "ours" or one of --against, in a process of its own -> what `Meter.report`
-    printed, or {"error": [a line]}."""
+    """One run of a side ("ours" or one of --against) in its own process. -> what `Meter.report`
+    printed, or {"error": [a line]}"""
     command = [sys.executable]
     if args.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
@@ -618,7 +628,7 @@ def print_row(*cells: str) -> None:
 
 
 def profile(args) -> None:
-    print_row("method", "ms a step", *KINDS, REST)
+    print_row("method", "ms per step", *KINDS, REST)
     print("|---" * (len(KINDS) + 3) + "|")
     for method in args.methods:
         args.method = method
@@ -633,8 +643,8 @@ def profile(args) -> None:
 
 
 def growth(args) -> None:
-    """One figure grows at a time. Rows are packed, so 8 rows of 512 are one row of 4,096 to the
-    model."""
+    """One figure grows in each series. Rows are packed, so 8 rows of 512 tokens are one sequence of
+    4,096 for the model."""
     args.method = args.methods[0]
     lengths = [512 * 2**n for n in range(7) if 512 * 2**n <= args.until]
     rows = [n for n in (1, 2, 4, 8) if 512 * n <= args.until]
@@ -645,7 +655,7 @@ def growth(args) -> None:
     }
     if args.processes > 1:
         series["processes, a row of 2,048 each"] = [(2048, 512, 1, n) for n in (1, 2)]
-    print_row("what grows", "tokens a step", "tokens/s", "GiB above the loaded model, a process")
+    print_row("series", "tokens per step", "tokens/s", "GiB above the loaded model per process")
     print("|---|---|---|---|")
     curves = {}
     for name, points in series.items():
@@ -668,7 +678,7 @@ COLORS, DASHES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"), ("none", "none", 
 
 
 def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
-    """tokens/s on the left, memory on the right, by tokens a step, all axes logarithmic. -> SVG"""
+    """tokens/s on the left, memory on the right, by tokens per step, on logarithmic axes. -> SVG"""
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 400" font-family="sans-serif" '
         'font-size="12">',
@@ -692,7 +702,7 @@ def growth_picture(curves: dict[str, list[tuple[int, float, float]]]) -> str:
         def y(value, low=low, high=high):
             return 320 - 280 * (math.log2(value) - low) / max(1, high - low)
 
-        parts.append(text(left, 22, f"{title} by tokens a step", ' font-size="14"'))
+        parts.append(text(left, 22, f"{title} by tokens per step", ' font-size="14"'))
         for power in range(low, high + 1):
             height = f"{y(2.0**power):.1f}"
             ends = f'x1="{left}" x2="{left + 360}" y1="{height}" y2="{height}"'
@@ -721,31 +731,31 @@ def parse_args(argv=None):
     add("--against", choices=sides, default="trl", help=padding)
     add("--methods", nargs="+", default=["lora"], choices=METHODS)
     add("--shape", choices=SHAPES, default="8x576")
-    add("--layers", type=int, help="other than the shape's own number")
-    add("--length", type=int, default=1024, help="tokens a packed row")
-    document = "tokens a document; of preference data, of prompt and one answer"
+    add("--layers", type=int, help="layers, if not the shape's number")
+    add("--length", type=int, default=1024, help="tokens per packed row")
+    document = "tokens per document; in preference data, per prompt and answer"
     add("--document", type=int, default=256, help=document)
-    add("--rows", type=int, default=1, help="rows, or pairs, a step")
+    add("--rows", type=int, default=1, help="packed rows, or pairs, per step")
     add("--steps", type=int, default=6)
-    skip = "of these steps, how many come before the clock starts"
+    skip = "steps before the measurement starts"
     add("--skip", type=int, default=2, help=skip)
-    processes = "of ours, under torchrun, each with its own rows; 2 with --growth: that series, too"
+    processes = "of ours, under torchrun, each with its own rows; with --growth: one more series"
     add("--processes", type=int, default=1, help=processes)
     add("--repeats", type=int, default=3)
     add("--recompute", action="store_true", help="gradient checkpointing on both sides")
     add("--lora", action="store_true", help="LoRA in sft, dpo, orpo and reward as well")
-    real = "dpo, orpo, reward: the pairs of examples/preferences.jsonl in place of made-up ones"
+    real = "dpo, orpo, reward: use the pairs of examples/preferences.jsonl"
     add("--real-pairs", action="store_true", help=real)
     add("--flags", default="", help="more flags for our script, in one string")
-    kinds = "of ours: milliseconds of a step, by kind of operation"
+    kinds = "ours: milliseconds per step, by kind of operation"
     add("--profile", action="store_true", help=kinds)
-    grows = "of ours: a table over row lengths, rows and processes, and a picture of it"
+    grows = "ours: a table over row lengths, rows and processes, and a picture"
     add("--growth", action="store_true", help=grows)
-    until = "of --growth: at most so many tokens a row, and a step of rows of 512"
+    until = "--growth: maximum tokens per row, and per step of rows of 512"
     add("--until", type=int, default=32768, help=until)
     picture = ROOT / "examples" / "growth.svg"
     add("--picture", type=Path, default=picture, help="where --growth writes it")
-    add("--json", type=Path, help="write the figures here, too")
+    add("--json", type=Path, help="also write the figures to this file")
     for name in ("--worker", "--method", "--folder"):
         add(name, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

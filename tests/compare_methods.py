@@ -1,12 +1,12 @@
-"""Tables of the README: same model, data and steps for all that is compared.
+"""Tables for the README. All methods in a table use the same model, data and number of steps.
 
     # every script without flags, three seeds
     python tests/compare_methods.py demo --write
     # every method on a real model, one seed
     python tests/compare_methods.py real --model FOLDER --data FILE
 
-Each run is a script in a process of its own; what the tables say is read from the metrics.jsonl and
-the files that it left.
+Each run is a script in its own process. The figures come from the metrics.jsonl and the files that
+it leaves.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 METHODS = """lora.py
 dora.py
+adalora.py
 ia3.py
 qlora.py
 adapter.py
@@ -37,10 +38,11 @@ adapter.py --pfeiffer
 prefix_tuning.py
 prompt_tuning.py
 full_ft.py""".splitlines()
-# on a real model for a few dozen steps: rates that so short a run needs, the best of those tried
+# learning rates for a few dozen steps on a real model: the best of those tried
 RATES = {
     "lora.py": 3e-3,
     "dora.py": 3e-3,
+    "adalora.py": 1e-2,
     "ia3.py": 3e-2,
     "qlora.py": 3e-3,
     "adapter.py": 3e-3,
@@ -61,7 +63,7 @@ BUDGET = """--eval-data 0.002 --max-length 384 --batch-size 3 --micro-batch-toke
 
 
 def run(command: str, output: Path) -> tuple[list[dict], float]:
-    """A script's run. -> the lines of its metrics.jsonl, and the seconds of processor time that it
+    """Run a script. -> the lines of its metrics.jsonl, and the seconds of processor time that it
     took"""
     shutil.rmtree(output, ignore_errors=True)
     script, *flags = command.split()
@@ -100,7 +102,7 @@ def where_and_when() -> str:
 
 
 def demo(args) -> str:
-    """What each script does without flags, from the base's start to the end, over seeds; and a
+    """A table: every script without flags, before and after, for several seeds. With --write also a
     picture of the methods' training losses with the first seed."""
     lines = [
         "| command | saved parameters | measured on held-out rows | before | after, each seed "
@@ -137,7 +139,7 @@ def real(args) -> str:
     """Every method on one model, data and number of steps; and a picture of what each costs."""
     names = f"--model {Path(args.model).name} --data {Path(args.data).name}"
     lines = [
-        "| command | saved parameters | checkpoint | peak memory | tokens/s | held-out loss "
+        "| command | saved parameters | saved size | peak memory | tokens/s | held-out loss "
         "before | after |",
         "|---|---|---|---|---|---|---|",
     ]

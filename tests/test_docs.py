@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, read_metrics, write_rows
 
 PREFERENCES = ["reward_model", "dpo", "orpo"]
 SCRIPTS = ["lora", "full_ft", "sft", "qlora", "dora", "adapter", "prefix_tuning", "prompt_tuning"]
-SCRIPTS += ["ia3", *PREFERENCES, "ppo", "grpo"]
+SCRIPTS += ["ia3", "adalora", *PREFERENCES, "ppo", "grpo"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 DOC = {

@@ -308,7 +308,7 @@ def test_training_continues_from_pefts_adapter(
     theirs, folder = peft_adapter("theirs", use_rslora=rslora, lora_alpha=12, r=9)
     model, _ = load(random_model, "--adapter", folder, "--rank", 2, "--alpha", 99)
     torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
-    assert "names no base fingerprint" in capsys.readouterr().out
+    assert "has no base fingerprint" in capsys.readouterr().out
     ours = train("run", "--adapter", folder)
     fields = {"r": 9, "target_modules": ["down_proj", "q_proj"]}
     assert config_of(ours).items() >= fields.items() and not config_of(ours).get("use_rslora")
@@ -325,7 +325,7 @@ def test_training_continues_from_pefts_adapter(
 def test_training_continues_from_our_adapter(train, capsys):
     first = train("a", "--rank", 5, "--alpha", 7)
     second = train("b", "--adapter", first)
-    assert "names no base fingerprint" not in capsys.readouterr().out
+    assert "has no base fingerprint" not in capsys.readouterr().out
     assert (config_of(second)["r"], config_of(second)["lora_alpha"]) == (5, 7)
     losses = [
         [x["eval_loss"] for x in read_metrics(f) if "eval_loss" in x] for f in (first, second)

@@ -494,11 +494,21 @@ def test_no_more_than_a_chunk_of_logits_exists(head_trains, monkeypatch):
         model.target_logps(**batch).sum().backward()
     calls = [(event.name, event.input_shapes) for event in profile.events()]
     rows = [shape[0] for _, shapes in calls for shape in shapes if shape[1:] == [160]]
-    assert set(rows) == {8, 68 % 8, 64}  # 64: the head's own weight, transposed
+    size = 16 if head_trains else 8  # 16: a quarter of the model's width
+    assert set(rows) == {size, 68 % size, 64}  # 64: the head's own weight, transposed
     products = [
         shapes[0][0] for name, shapes in calls if name == "aten::mm" and shapes[1] == [64, 160]
     ]
     assert sum(products) == (1 + head_trains) * 68
+
+
+def test_a_chunk_suits_the_matrix_products():
+    """A head that trains has larger chunks where its gradient outweighs them."""
+    llama_3, llama_2, small = ((128256, 4096), (32000, 4096), (49152, 576))
+    size = functools.partial(torch.empty, device="meta")
+    sizes = [[common.chunk_size(size(x), t) for t in (False, True)] for x in (llama_3, llama_2)]
+    assert sizes == [[256, 1024], [1024, 1024]]
+    assert [common.chunk_size(size(small), t) for t in (False, True)] == [640, 640]
 
 
 def test_logps_of_a_bfloat16_model_are_float32():
@@ -650,7 +660,7 @@ def test_an_adapter_is_no_model(start, tmp_path):
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "nosuchfolder", "someone/nosuchmodel"])
 def test_a_mistyped_or_unreachable_name_is_refused(name, start):
-    assert start(name).startswith(f"--model {name}: no such folder, and not loaded from the Hub")
+    assert start(name).startswith(f"--model {name}: no such folder, and loading from the Hub")
 
 
 @pytest.mark.parametrize("version, old", [("2.10.1", True), ("2.9.0+cu128", True),

@@ -429,7 +429,7 @@ def test_as_a_newcomer_runs_it(tmp_path):
     run = run_script("prefix_tuning.py", "--max-steps", 12, "--samples", 3, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     for text in (
-        "the prefix has 10,240",
+        "prefix has 10,240",
         "step 12: held-out loss",
         "--- after ---",
         "the adapter is in",

@@ -174,5 +174,5 @@ def test_evaluation_rows_in_the_training_rows_are_reported(run, tmp_path):
     test = write_rows(tmp_path / "test.jsonl", [{"prompt": x, "completion": "b"} for x in asked])
     report = run(rows, "--eval-data", test)[1]
     assert report.counts["evaluation rows in the training data"] == 1
-    assert report.counts["evaluation rows near it (>= 0.8)"] == 1
-    assert "raw.jsonl:2" in report.examples["evaluation rows near it (>= 0.8)"][0]
+    assert report.counts["evaluation rows near training rows (>= 0.8)"] == 1
+    assert "raw.jsonl:2" in report.examples["evaluation rows near training rows (>= 0.8)"][0]

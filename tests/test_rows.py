@@ -604,7 +604,7 @@ def test_a_missing_file_is_refused_in_one_line(data, tmp_path):
 @pytest.mark.parametrize("data", ["no-such/name", "no-such/name@train", "no-such/name@x@y", "name"])
 def test_a_hub_name_without_a_network_is_refused_in_one_line(data, tmp_path):
     message = refused(tmp_path, data)
-    assert message.startswith(f"--data {data}: no such file, and not loaded from the Hub: ")
+    assert message.startswith(f"--data {data}: no such file, and loading from the Hub failed: ")
     assert "\n" not in message
 
 

@@ -21,6 +21,7 @@ import transformers
 from conftest import ROOT, TINY, read_metrics, write_rows
 from safetensors.torch import load_file
 
+import adalora
 import common
 import dpo
 import full_ft
@@ -183,7 +184,7 @@ def test_help_shows_every_default(script, capsys):
     assert stopped.value.code == 0 and len(names) == len(set(names))
     assert len(names) == printed.count("(default:")
     if script == "lora":
-        assert len(names) <= 37
+        assert len(names) <= 39
 
 
 BAD_VALUES = """--batch-size -3|--micro-batch-tokens -5|--max-length -1|--rank -2|--dropout -1
@@ -256,7 +257,7 @@ def test_out_of_memory_says_what_to_try(script, monkeypatch, capsys):
 def test_the_first_line_of_a_run(flags, tmp_path, capsys):
     lora.main(flags("run"))
     printed = capsys.readouterr().out
-    first = r"^12 steps of 8 examples, about ([\d,]+) tokens a pass, cpu, float32$"
+    first = r"^12 steps of 8 examples, about ([\d,]+) tokens per forward pass, cpu, float32$"
     tokens = int(re.search(first, printed, re.MULTILINE)[1])
     assert tokens == pytest.approx(read_metrics(tmp_path / "run")[-1]["tokens"] / 12, abs=0.51)
     assert "warning: " not in printed  # --max-steps was asked for
@@ -274,7 +275,9 @@ def test_warnings_where_batches_do_not_suit_the_data(epochs, limit, warning, fla
     printed = capsys.readouterr().out
     first = f"{7 * epochs} steps of 8 examples ({epochs} epochs of 56), about"
     assert first in printed and printed.count("warning: ") == bool(warning)
-    assert warning is None or f"warning: {warning}" in printed.replace("passes are less than ", "")
+    assert warning is None or f"warning: {warning}" in printed.replace(
+        "forward passes are less than ", ""
+    )
 
 
 def full_logits_nll(model, examples) -> torch.Tensor:
@@ -382,7 +385,7 @@ def test_a_result_is_replaced_only_with_overwrite(flags, tmp_path):
 
 def test_a_result_leaves_nothing_of_another_kind(flags, tmp_path):
     """A stale adapter beside a model would be loaded on top of it, and the reverse."""
-    model = {"config.json", "generation_config.json", "model.safetensors"}
+    model = {"config.json", "model.safetensors"}
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     sft.main(flags("run", "--lora-rank", 2, "--max-steps", 1))
     (tmp_path / "run" / "adapter_notes").mkdir()  # the user's own
@@ -443,6 +446,7 @@ def test_file_modes_follow_the_umask(script, mask, mode, flags, tmp_path, monkey
 
 RESUMED = {
     "lora": (lora, ["--dropout", "0.2"]),
+    "adalora": (adalora, ["--dropout", "0.2", "--rank", "4", "--target-rank", "2"]),
     "full_ft": (full_ft, ["--weight-decay", "0.1"]),
     "in backward": (full_ft, [*IN_BACKWARD, "--l2-sp", "0.1"]),
     "8-bit": (full_ft, ["--optimizer", "adamw8bit"]),
@@ -615,7 +619,7 @@ def test_patience_stops_and_keeps_the_weights_of_the_lowest_held_out_loss(
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     best = min(losses, key=losses.get)
     assert best > 0 and lines[-1]["step"] == best + 6 < 60 and lines[-1]["done"]
-    assert f"taking the weights of step {best}" in capsys.readouterr().out
+    assert f"using the weights of step {best}" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoint").exists()
     run_killed(monkeypatch, sft, flags("again", *more, "--save-every", best), best + 1)
     again = torch.load(tmp_path / "again" / "checkpoint" / f"step-{best:08d}.pt", weights_only=True)

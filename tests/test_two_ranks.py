@@ -18,6 +18,7 @@ ROWS = [{"prompt": c * m, "completion": c * n} for c in "abc" for m in (1, 30) f
 LORA, FULL = ["--lr", "1e-4"], ["--lr", "1e-5"]
 ONE = ["--batch-size", "1", "--eval-data", "ONE ROW"]  # a rank without an example
 ONE_PAIR = ["--batch-size", "1", "--eval-data", "ONE PAIR"]
+NEW = ["--add-tokens", *(f"<{n}>" for n in range(62))]  # the model has rows for 61
 PPO = ["--reward", f"{ROOT / 'examples' / 'rewards.py'}:lowercase", "--response-length", "6"]
 PPO += ["--rollout-size", "20", "--generation-batch", "4"]
 RUNS = {
@@ -40,10 +41,14 @@ RUNS = {
     "dora": ("dora", LORA),
     "dora --shard": ("dora", [*LORA, "--shard"]),
     "dora --adapter --shard": ("dora", [*LORA, "--adapter", "DORA", "--shard"]),
+    "adalora": ("adalora", [*LORA, "--rank", "4", "--target-rank", "2"]),
+    "adalora --shard": ("adalora", [*LORA, "--rank", "4", "--target-rank", "2", "--shard"]),
     "ia3": ("ia3", LORA),
     "adapter": ("adapter", LORA),
     "adapter --adapter": ("adapter", [*LORA, "--adapter", "ADAPTER"]),
     "sft --lora-rank --shard": ("sft", [*LORA, "--lora-rank", "4", "--shard"]),
+    "lora --shard, new tokens": ("lora", [*LORA, *NEW, "--shard"]),
+    "sft, new tokens": ("sft", [*FULL, *NEW]),
     "ppo": ("ppo", [*LORA, *PPO]),
     "grpo": ("grpo", [*LORA, *PPO, "--group-size", "2", "--batch-size", "4"]),
     "ppo, a rank without an answer": ("ppo", [*LORA, *PPO, *ONE, "--rollout-size", "1"]),

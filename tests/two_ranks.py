@@ -14,15 +14,17 @@ import transformers  # noqa: E402
 import common  # noqa: E402
 
 
-def run(script: str, flags: list[str], stop: int = 0) -> int:
+def run(script: str, flags: list[str], stop: int = 0, kill: bool = False) -> int:
     """-> how often this process has read weights. stop: the step in which the last rank, and it
-    alone, gets a SIGTERM."""
+    alone, gets a SIGTERM, or, with kill, its machine goes down: its launcher and it."""
     rate, read = common.learning_rate, vars(transformers.PreTrainedModel)["from_pretrained"]
     reads = []
     handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
     def learning_rate(step, *others):
         if step == stop and common.RANK == common.RANKS - 1:
+            for process in [os.getppid(), os.getpid()] if kill else []:
+                os.kill(process, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGTERM)
         return rate(step, *others)
 
