@@ -1452,9 +1452,8 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
     multimodal model's language part are never adapted.
     """
     heads = (model.get_output_embeddings(), getattr(model, "score", None))
-    linear = {n: m for n, m in model.named_modules() if type(m) in LINEAR and m not in heads}
-    inside = set(language_part(model).modules())
-    layers = [name for name, module in linear.items() if module in inside]
+    inside = {m for m in language_part(model).modules() if type(m) in LINEAR and m not in heads}
+    layers = [name for name, module in model.named_modules() if module in inside]
     if not layers:
         problem = "has no nn.Linear layers (GPT-2's Conv1D is none): full_ft.py trains it"
         raise UserError(f"{type(model).__name__} {problem}")
@@ -1468,7 +1467,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; the model has {known}")
         chosen.update(found)
-    return [layer for layer in layers if layer in chosen], list(linear)
+    return [layer for layer in layers if layer in chosen], layers
 
 
 def say_unreached(model) -> None:
@@ -1568,7 +1567,7 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
             alpha *= math.sqrt(rank)
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
-    adapted, layers = find_targets(model, targets, flag)
+    adapted, _ = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
     more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
@@ -1578,15 +1577,15 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     return more | {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-        "target_modules": target_modules(adapted, layers), "bias": "none",
+        "target_modules": target_modules(adapted, model), "bias": "none",
     }  # fmt: skip
 
 
-def target_modules(adapted: list[str], layers: list[str]) -> list[str]:
-    """Layers as in PEFT's config: by the last part of their names, if no other layer has it."""
+def target_modules(adapted: list[str], model) -> list[str]:
+    """Layers as in PEFT's config: by the last part of their names, if no other module has it."""
     short = {name.rpartition(".")[2] for name in adapted}
-    unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
-    return sorted(short if unique else adapted)
+    alike = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if alike == set(adapted) else adapted)
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
