@@ -1733,6 +1733,7 @@ def say_how_to_chat(args, model, *words: str) -> None:
     """The command for the result of a training run."""
     for name in ("template", "system"):
         words += (f"--{name}", getattr(args, name)) if getattr(args, name) else ()
+    words += ("--merge-system",) if args.merge_system else ()
     words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
     if model.can_generate() and not args.merge_only:
         say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
@@ -2088,16 +2089,16 @@ def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
     settings = {"max_new_tokens": args.chat_tokens}
     if args.chat_temperature:
         settings |= {"do_sample": True, "temperature": args.chat_temperature}
-    system = [] if args.system is None else [to_message(args.system, "system")]
 
     def answer(conversations: list, streamer=None) -> list[str]:
-        ids = [[*placeholders, *encode_prompt(tokenizer, turns)] for turns in conversations]
+        full = [complete_turns(turns, vars(args)) for turns in conversations]
+        ids = [[*placeholders, *encode_prompt(tokenizer, turns)] for turns in full]
         return generate(model, tokenizer, ids, device, streamer=streamer, **settings)
 
     if not sys.stdin.isatty():
         prompts = (line.strip() for line in sys.stdin if line.strip())
         while batch := list(itertools.islice(prompts, 32)):
-            texts = answer([[*system, to_message(prompt, "user")] for prompt in batch])
+            texts = answer([[to_message(prompt, "user")] for prompt in batch])
             for prompt, text in zip(batch, texts):
                 row = {"prompt": prompt, "completion": text}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -2106,13 +2107,13 @@ def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
 
     say("An empty line starts a new conversation; Ctrl-D ends.")
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    turns = [*system]
+    turns = []
     try:
         while True:
             if prompt := input("> ").strip():
                 turns.append(to_message(prompt, "user"))
                 turns.append(to_message(*answer([turns], streamer), "assistant"))
             else:
-                turns = [*system]
+                turns = []
     except (EOFError, KeyboardInterrupt):
         print()
