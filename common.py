@@ -1087,7 +1087,7 @@ def load_model(
         module = model.get_submodule(name)
         module.forward = types.MethodType(lean_forward(module), module)
     if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
-        for name in find_targets(model, "all-linear")[0]:
+        for name in find_targets(model, "all-linear"):
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
@@ -1444,12 +1444,12 @@ def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inp
 # --------------------------------------------------------------------------------- 8. Saving
 
 
-def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str], list[str]]:
-    """-> (names of the linear layers to adapt, the names of all but the output head).
+def find_targets(model, targets: str, flag: str = "--targets") -> list[str]:
+    """-> names of the linear layers to adapt, of a multimodal model's language part alone.
 
-    targets: "all-linear"; names with commas between them, each the end of a layer's name; or
-    one regular expression for whole names, as in PEFT. Every name must match. Layers outside a
-    multimodal model's language part are never adapted.
+    targets: "all-linear", which leaves out the output head; names with commas between them, each
+    the end of a layer's name; or one regular expression for whole names, as in PEFT. Every name
+    must match.
     """
     heads = (model.get_output_embeddings(), getattr(model, "score", None))
     inside = {m for m in language_part(model).modules() if type(m) in LINEAR and m not in heads}
@@ -1467,7 +1467,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; the model has {known}")
         chosen.update(found)
-    return [layer for layer in layers if layer in chosen], layers
+    return [layer for layer in layers if layer in chosen]
 
 
 def say_unreached(model) -> None:
@@ -1567,7 +1567,7 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
             alpha *= math.sqrt(rank)
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
-    adapted, _ = find_targets(model, targets, flag)
+    adapted = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
     more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}

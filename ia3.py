@@ -82,8 +82,8 @@ def add_scales(model, args, device) -> dict:
         shapes = {name.removesuffix(".ia3_l"): x.shape for name, x in tensors.items()}
         targets, flag = ",".join(shapes), f"--adapter {args.adapter}"
         inner = ",".join(name for name, shape in shapes.items() if shape[0] == 1)
-    outputs, _ = common.find_targets(model, targets, flag)
-    inputs = common.find_targets(model, inner, "--feedforward-targets")[0] if inner else []
+    outputs = common.find_targets(model, targets, flag)
+    inputs = common.find_targets(model, inner, "--feedforward-targets") if inner else []
     outputs = [name for name in outputs if name not in inputs]
     model.requires_grad_(False)
     for name in outputs + inputs:
