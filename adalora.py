@@ -137,7 +137,7 @@ def add_adapter(model, args, device) -> tuple[dict[str, AdaLoRALinear], dict]:
         rank, alpha = config["init_r"], float(config["lora_alpha"])
         names = [name.removesuffix(".lora_E") for name in tensors if name.endswith(".lora_E")]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
-    adapted, _ = common.find_targets(model, targets, flag)
+    adapted = common.find_targets(model, targets, flag)
     model.requires_grad_(False)
     layers = {}
     for name in adapted:

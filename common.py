@@ -1087,7 +1087,7 @@ def load_model(
         module = model.get_submodule(name)
         module.forward = types.MethodType(lean_forward(module), module)
     if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
-        for name in find_targets(model, "all-linear")[0]:
+        for name in find_targets(model, "all-linear"):
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
@@ -1444,17 +1444,16 @@ def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inp
 # --------------------------------------------------------------------------------- 8. Saving
 
 
-def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str], list[str]]:
-    """-> (names of the linear layers to adapt, the names of all but the output head).
+def find_targets(model, targets: str, flag: str = "--targets") -> list[str]:
+    """-> names of the linear layers to adapt, of a multimodal model's language part alone.
 
-    targets: "all-linear"; names with commas between them, each the end of a layer's name; or
-    one regular expression for whole names, as in PEFT. Every name must match. Layers outside a
-    multimodal model's language part are never adapted.
+    targets: "all-linear", which leaves out the output head; names with commas between them, each
+    the end of a layer's name; or one regular expression for whole names, as in PEFT. Every name
+    must match.
     """
     heads = (model.get_output_embeddings(), getattr(model, "score", None))
-    linear = {n: m for n, m in model.named_modules() if type(m) in LINEAR and m not in heads}
-    inside = set(language_part(model).modules())
-    layers = [name for name, module in linear.items() if module in inside]
+    inside = {m for m in language_part(model).modules() if type(m) in LINEAR and m not in heads}
+    layers = [name for name, module in model.named_modules() if module in inside]
     if not layers:
         problem = "has no nn.Linear layers (GPT-2's Conv1D is none): full_ft.py trains it"
         raise UserError(f"{type(model).__name__} {problem}")
@@ -1468,7 +1467,7 @@ def find_targets(model, targets: str, flag: str = "--targets") -> tuple[list[str
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; the model has {known}")
         chosen.update(found)
-    return [layer for layer in layers if layer in chosen], list(linear)
+    return [layer for layer in layers if layer in chosen]
 
 
 def say_unreached(model) -> None:
@@ -1568,7 +1567,7 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
             alpha *= math.sqrt(rank)
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
-    adapted, layers = find_targets(model, targets, flag)
+    adapted = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
     more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
@@ -1578,15 +1577,15 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     return more | {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": args.dropout,
-        "target_modules": target_modules(adapted, layers), "bias": "none",
+        "target_modules": target_modules(adapted, model), "bias": "none",
     }  # fmt: skip
 
 
-def target_modules(adapted: list[str], layers: list[str]) -> list[str]:
-    """Layers as in PEFT's config: by the last part of their names, if no other layer has it."""
+def target_modules(adapted: list[str], model) -> list[str]:
+    """Layers as in PEFT's config: by the last part of their names, if no other module has it."""
     short = {name.rpartition(".")[2] for name in adapted}
-    unique = all(name in adapted for name in layers if name.rpartition(".")[2] in short)
-    return sorted(short if unique else adapted)
+    alike = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if alike == set(adapted) else adapted)
 
 
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
@@ -1734,6 +1733,7 @@ def say_how_to_chat(args, model, *words: str) -> None:
     """The command for the result of a training run."""
     for name in ("template", "system"):
         words += (f"--{name}", getattr(args, name)) if getattr(args, name) else ()
+    words += ("--merge-system",) if args.merge_system else ()
     words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
     if model.can_generate() and not args.merge_only:
         say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
@@ -2089,16 +2089,16 @@ def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
     settings = {"max_new_tokens": args.chat_tokens}
     if args.chat_temperature:
         settings |= {"do_sample": True, "temperature": args.chat_temperature}
-    system = [] if args.system is None else [to_message(args.system, "system")]
 
     def answer(conversations: list, streamer=None) -> list[str]:
-        ids = [[*placeholders, *encode_prompt(tokenizer, turns)] for turns in conversations]
+        full = [complete_turns(turns, vars(args)) for turns in conversations]
+        ids = [[*placeholders, *encode_prompt(tokenizer, turns)] for turns in full]
         return generate(model, tokenizer, ids, device, streamer=streamer, **settings)
 
     if not sys.stdin.isatty():
         prompts = (line.strip() for line in sys.stdin if line.strip())
         while batch := list(itertools.islice(prompts, 32)):
-            texts = answer([[*system, to_message(prompt, "user")] for prompt in batch])
+            texts = answer([[to_message(prompt, "user")] for prompt in batch])
             for prompt, text in zip(batch, texts):
                 row = {"prompt": prompt, "completion": text}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -2107,13 +2107,13 @@ def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
 
     say("An empty line starts a new conversation; Ctrl-D ends.")
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    turns = [*system]
+    turns = []
     try:
         while True:
             if prompt := input("> ").strip():
                 turns.append(to_message(prompt, "user"))
                 turns.append(to_message(*answer([turns], streamer), "assistant"))
             else:
-                turns = [*system]
+                turns = []
     except (EOFError, KeyboardInterrupt):
         print()

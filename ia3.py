@@ -82,15 +82,15 @@ def add_scales(model, args, device) -> dict:
         shapes = {name.removesuffix(".ia3_l"): x.shape for name, x in tensors.items()}
         targets, flag = ",".join(shapes), f"--adapter {args.adapter}"
         inner = ",".join(name for name, shape in shapes.items() if shape[0] == 1)
-    outputs, layers = common.find_targets(model, targets, flag)
-    inputs = common.find_targets(model, inner, "--feedforward-targets")[0] if inner else []
+    outputs = common.find_targets(model, targets, flag)
+    inputs = common.find_targets(model, inner, "--feedforward-targets") if inner else []
     outputs = [name for name in outputs if name not in inputs]
     model.requires_grad_(False)
     for name in outputs + inputs:
         model.set_submodule(name, IA3Linear(model.get_submodule(name), name in inputs))
     common.fill_adapter(model, args, tensors, device, f"in {len(outputs + inputs)} layers")
-    inputs = common.target_modules(inputs, layers)
-    modules = common.target_modules(outputs, layers) + inputs
+    inputs = common.target_modules(inputs, model)
+    modules = common.target_modules(outputs, model) + inputs
     return {"peft_type": "IA3", "target_modules": modules, "feedforward_modules": inputs}
 
 

@@ -285,7 +285,7 @@ def experiments(options, left) -> None:
     for name in common.lean_modules(model):
         module = model.get_submodule(name)
         module.forward = common.lean_forward(module).__get__(module)
-    for name in common.find_targets(model, "all-linear")[0]:
+    for name in common.find_targets(model, "all-linear"):
         layer = lora.LoRALinear(model.get_submodule(name), 16, 32.0)
         torch.nn.init.normal_(layer.lora_B.weight, std=0.02)
         model.set_submodule(name, layer)

@@ -232,6 +232,10 @@ def shrunk(command: str, rows, trained) -> tuple[str, list[str]]:
 def test_the_command_runs(command, rows, trained, tmp_path, monkeypatch):
     script, arguments = shrunk(command, rows, trained)
     output = tmp_path / "run"
+    if "--help" in arguments:
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).main(["--help"])
+        return
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say a\n"))  # of --chat
     importlib.import_module(script).main([*arguments, "--output", str(output)])
     if {"--inspect", "--chat"} & {*arguments}:

@@ -124,12 +124,30 @@ def test_an_adapter_of_the_language_part_is_pefts(train, wrapper, script, tmp_pa
 
 def test_targets_outside_the_language_part_are_refused(wrapper):
     model = common.load_model(make_args("--model", str(wrapper)), torch.float32, CPU)
-    inside, every = common.find_targets(model, "all-linear")
-    assert set(inside) == {name for name in every if "language_model" in name} != set(every)
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    inside = {name for name in linear if "language_model" in name}
+    assert set(common.find_targets(model, "all-linear")) == inside != linear - {"lm_head"}
+    assert len(common.blocks(model)) == 2  # for --gradient-checkpointing and adapter.py
     with pytest.raises(common.UserError, match="matches no linear layer"):
         common.find_targets(model, ".*vis.*")
     with pytest.raises(common.UserError, match="--train vis"):
         full_ft.freeze_others(model, "vis", torch.float32, sharded=False)
+
+
+def test_peft_adapts_no_other_module_of_the_same_name(tmp_path):
+    """Gemma 4's vision tower wraps linear layers in modules named q_proj, which PEFT refuses."""
+    text = TEXT | {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16}
+    vision = WRAPPERS["gemma3"]["vision_config"]
+    config = transformers.AutoConfig.for_model("gemma4", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    args = make_args("--model", str(tmp_path))
+    model = common.load_model(args, torch.float32, CPU)
+    fields = common.add_adapter(model, args, lora.LoRALinear, CPU)
+    settings = peft.LoraConfig(r=16, target_modules=fields["target_modules"])
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    theirs = peft.get_peft_model(base, settings).base_model.model.named_parameters()
+    theirs = {name.replace(".default", "") for name, p in theirs if p.requires_grad}
+    assert theirs == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 # ------------------------------------------------------------------- layers of other kinds

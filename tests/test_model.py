@@ -768,8 +768,8 @@ REGULAR = r".*\.layers\.1\.(self_attn|mlp)\.(q|down)_proj"
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gpt_neox"])
 def test_all_linear_has_no_head(name):
-    adapted, layers = common.find_targets(build(name), " all-linear ")
-    assert adapted == layers == peft_targets(name, "all-linear") and adapted
+    adapted = common.find_targets(build(name), " all-linear ")
+    assert adapted == peft_targets(name, "all-linear") and adapted
     assert not any("head" in layer or "embed" in layer for layer in adapted)
 
 
@@ -782,9 +782,8 @@ def test_all_linear_has_no_head(name):
     (r"model\.layers\.\d\.mlp\.gate_proj", r"model\.layers\.\d\.mlp\.gate_proj", 2),
 ])  # fmt: skip
 def test_targets_are_pefts(targets, theirs, count):
-    adapted, layers = common.find_targets(build("llama"), targets)
+    adapted = common.find_targets(build("llama"), targets)
     assert adapted == peft_targets("llama", theirs) and len(adapted) == count
-    assert len(layers) == 14
 
 
 @pytest.mark.parametrize("targets, missing", [

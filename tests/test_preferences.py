@@ -147,6 +147,13 @@ def test_prompt_and_answers_are_what_the_template_writes(name, tmp_path):
         assert text.split("\n")[-1] in tokenizer.decode(answer[target.astype(bool)])
 
 
+def test_merge_system_joins_the_turns_of_a_prompt(tmp_path):
+    rows = {"prompt": [BRIEF, Q], **PAIR}, {"prompt": "Be brief.\n\nQ", **PAIR}
+    args = (arguments(dpo, tmp_path, [row], "--merge-system") for row in rows)
+    found, expected = (examples_of(x)["input_ids"][0] for x in args)
+    assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_reward_model_reads_what_follows_the_end_of_turn(whole, tmp_path):
     """transformers pools there."""
