@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import TINY, write_rows
 
+import common
 import full_ft
 import lora
 
@@ -137,3 +138,14 @@ def test_transformers_4_gives_the_same_logits_and_tokens(folders):
         for key in five:
             same = torch.equal if key == "logits" else lambda a, b: a == b
             assert same(five[key], four[key]), (name, key)
+
+
+def test_sections_of_a_multimodal_models_positions(tmp_path):
+    """Qwen2.5-VL: a rotary embedding of the default kind that has more settings than theta."""
+    sections = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    config = {"text_config": {"rope_parameters": {"rope_theta": 1e6, **sections}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    common.add_old_names(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert found["rope_theta"] == 1e6 and found["rope_scaling"] == sections
+    assert found["rope_parameters"] == config["text_config"]["rope_parameters"]
