@@ -390,7 +390,7 @@ def test_one_side_that_fails_takes_nothing_else_with_it(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "measure", measure)
     monkeypatch.setattr(gpu, "matrix_peak", lambda: 10 * 3000.0 * gpu.lora_flops("tiny", 64))
     times = iter([200.0] * 12 + [1.0] * 99)
-    gpu.speed(argparse.Namespace(shape="tiny"), lambda: next(times))
+    gpu.speed(argparse.Namespace(shape="tiny", first=0), lambda: next(times))
     out = capsys.readouterr().out
     rows, failed = cells(out), "failed: ['out of memory']"
     assert rows[0] == ["lora", "3,000", failed, "", "1.00", failed, ""]
