@@ -8,6 +8,7 @@ import pty
 import shlex
 import subprocess
 import sys
+import time
 
 import peft
 import pytest
@@ -243,6 +244,7 @@ def test_a_terminal():
         os.write(ours, b"Say b\n")
         read_until(b"b\r\n")
         read_until(b"> ")
+        time.sleep(1)  # readline may not wait for input yet when the prompt is there
         os.write(ours, b"\x03")
         assert process.wait(timeout=60) == 0
         shown += os.read(ours, 1000)
