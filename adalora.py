@@ -4,7 +4,7 @@ Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient 
 (arXiv 2303.10512), section 3, with the numbers of its equations:
 
     y = W0 x + s P diag(E) Q dropout(x)                            (3)
-    loss = mean NLL + gamma * mean(||P^T P - I||, ||Q Q^T - I||)   (4)
+    loss = mean NLL + gamma * mean(||P^T P - Id||, ||Q Q^T - Id||)   (4), Id: the identity
 
 With w a weight of triplet i (E_i, column i of P, row i of Q) and g its gradient, after an update:
 
@@ -25,10 +25,10 @@ With w a weight of triplet i (E_i, column i of P, row i of Q) and g its gradient
     b0  r * layers; bT  --target-rank * layers; T steps; t_i, t_f  --t-init, --t-final, times T
 
 Choices and departures from the paper, the first three as in the authors' code and in PEFT
-  - The penalty is a mean of norms over all P and Q; (4) is a sum of squared norms.
+  - The penalty is a mean of norms over all P and Q; the paper's (4) is a sum of squared norms.
   - w is taken after the update, and g is clipped. With w from before the update (Algorithm 1), a
-    pruned E_i would be zero, and its sensitivity with it.
-  - (12) as printed subtracts t_f from t, too: it would not begin at b0 and end at bT.
+    pruned E_i would be zero, so |w g| too, and it would hardly come back.
+  - (12) as the paper prints it subtracts t_f from t, too: it would not begin at b0 and end at bT.
   - Pruned after every step, PEFT's default. In the paper a pruned triplet trains on for Delta_T
     steps, 100 for example, before it is judged again.
 
@@ -102,7 +102,7 @@ class AdaLoRALinear(nn.Module):
 
 
 def orthogonality(layers) -> torch.Tensor:
-    """The mean over all layers of the Frobenius norms ||P^T P - I|| and ||Q Q^T - I||."""
+    """The mean over all layers of the Frobenius norms ||P^T P - Id|| and ||Q Q^T - Id||."""
     matrices = [m for layer in layers for m in (layer.lora_B.T, layer.lora_A)]  # (r, ...)
     norms = [(m @ m.T - torch.eye(len(m), device=m.device)).norm() for m in matrices]
     return torch.stack(norms).mean()
@@ -129,8 +129,8 @@ def allocate(layers, args, step: int, T: int) -> None:
 
 
 def add_adapter(model, args, device) -> tuple[dict[str, AdaLoRALinear], dict]:
-    """Freeze the model and put an AdaLoRALinear around every target, or as --adapter has it, with
-    its tensors and ranks. -> layers by name, fields of PEFT's AdaLoraConfig"""
+    """Freeze the model and put an AdaLoRALinear around every layer of --targets, or as --adapter
+    has it, with its tensors and ranks. -> layers by name, fields of PEFT's AdaLoraConfig"""
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
     if args.adapter:
         config, tensors = common.load_adapter(args.adapter, model, "ADALORA")
@@ -141,8 +141,8 @@ def add_adapter(model, args, device) -> tuple[dict[str, AdaLoRALinear], dict]:
     model.requires_grad_(False)
     layers = {}
     for name in adapted:
-        kept = len(tensors[f"{name}.lora_E"]) if args.adapter else rank
-        layers[name] = AdaLoRALinear(model.get_submodule(name), kept, alpha / rank, args.dropout)
+        r = len(tensors[f"{name}.lora_E"]) if args.adapter else rank
+        layers[name] = AdaLoRALinear(model.get_submodule(name), r, alpha / rank, args.dropout)
         model.set_submodule(name, layers[name])
     common.fill_adapter(model, args, tensors, device, f"in {len(adapted)} layers")
     fields = {"init_r": rank, "target_r": args.target_rank, "lora_alpha": alpha}
@@ -168,7 +168,7 @@ def train(args) -> None:
     common.describe_run(train_set, steps, args, device, dtype)
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
-    shown, samples_before = eval_set or train_set, None
+    samples_before, shown = None, eval_set or train_set  # whose answers are shown
     if run["step"] == 0:
         samples_before = answer_samples(model, tokenizer, shown, args, device, log)
         if eval_set:
@@ -181,14 +181,14 @@ def train(args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         examples = train_set[steps[step - 1]]
-        num_targets = common.count_targets(examples)  # of all forward passes and ranks
+        num_targets = common.count_targets(examples)  # of all forward passes and GPUs
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's passes
+        for batch in common.micro_batches(examples, args, device):  # this GPU's passes
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
-        common.sum_gradients(model)  # over ranks
-        (args.orthogonality * orthogonality(layers.values())).backward()  # the same on every rank
+        common.sum_gradients(model)  # over GPUs
+        (args.orthogonality * orthogonality(layers.values())).backward()  # the same on every GPU
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         allocate(layers.values(), args, step, len(steps))
@@ -197,7 +197,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # so that tokens_per_second leaves the evaluation out
+            log.flush()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -207,7 +207,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before the checkpoint
+            log.flush()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -256,7 +256,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
     is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows; raw text: [0]
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -270,7 +270,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before is None after --resume."""
+    """before: None if the run was resumed."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}

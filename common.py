@@ -7,7 +7,7 @@
     5. Model                weights, gradient checkpointing, FSDP2
     6. Attention            one attention per stretch of tokens: packed documents stay apart
     7. Log-probabilities    of target tokens, without all logits in memory
-    8. Saving               layers around targets, PEFT adapters, Hugging Face folders
+    8. Saving               adapted layers, PEFT adapters, Hugging Face folders
     9. The run              learning rate, answers, metrics, signals, checkpoints
     10. Chat                a conversation with a model, or answers to lines
 
@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+RANK = int(os.environ.get("RANK", 0))  # this process's, from torchrun; LoRA's is args.rank
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 EXAMPLES = Path(__file__).parent / "examples"
 
@@ -101,16 +101,16 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add = parser.add_argument_group("training").add_argument
     add("--output", default=output, help="folder for the result, metrics.jsonl and checkpoint/")
     add("--epochs", type=float, default=3.0, help="times to go through the data")
-    add("--max-steps", type=int, help="optimizer steps; overrides --epochs")
-    add("--batch-size", type=int, default=16, help="examples (PPO: answers) per step, on all GPUs")
+    add("--max-steps", type=int, help="steps (PPO, GRPO: rollouts); overrides --epochs")
+    add("--batch-size", type=int, default=16, help="examples or answers per update, on all GPUs")
     add("--lr", type=float, default=lr, help="peak learning rate")
     add("--warmup-ratio", type=float, default=0.03, help="share of steps before the peak rate")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, on matrices only")
     add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm; 0: never")
-    add("--seed", type=int, default=0, help="for initial values, data order, held-out rows")
+    add("--seed", type=int, default=0, help="of all random numbers and of the held-out rows")
     add("--patience", type=int, default=0, help="stop after N evaluations without a lower loss")
     add = parser.add_argument_group("memory").add_argument
-    add("--micro-batch-tokens", type=int, default=4096, help="maximum in a forward pass on a GPU")
+    add("--micro-batch-tokens", type=int, default=4096, help="maximum of one GPU's forward pass")
     add("--no-packing", action="store_true", help="pad examples instead of packing them")
     again = {"nargs": "?", "const": 10**6, "help": "recompute the activations of N blocks (or all)"}
     add("--gradient-checkpointing", type=int, default=0, metavar="N", **again)
@@ -1014,7 +1014,7 @@ def disable_dropout(model) -> None:
                 setattr(module, name, 0.0)
 
 
-def share(value):
+def broadcast(value):
     """Rank 0's value, on all ranks."""
     values = [value]
     if RANKS > 1:
@@ -1083,7 +1083,7 @@ def load_model(
     setattr(model, method.__name__, bound)
     if not args.no_packing:
         model.set_attn_implementation("stretches")
-    for name in share(lean_modules(model) if RANK == 0 else None):
+    for name in broadcast(lean_modules(model) if RANK == 0 else None):
         module = model.get_submodule(name)
         module.forward = types.MethodType(lean_forward(module), module)
     if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
@@ -1499,7 +1499,7 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
         new = "tokens to add, whose embeddings train; special if the chat template writes them"
         add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
-        part = "under torchrun, split the weights over the ranks"
+        part = "under torchrun, split the weights over the GPUs"
         add("--shard", action="store_true", help=part)
     if not prefix:
         merge = "add --adapter to --model, save the merged model in --output, and exit"
@@ -1554,9 +1554,9 @@ def add_new_rows(model, args, tokenizer, config: dict) -> dict:
 
 
 def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
-    """Freeze the model and put layer(linear, rank, alpha, dropout) around every target, or as
-    --adapter has it, with its tensors. With a tokenizer, also train the rows of --add-tokens and
-    of tokens that the model lacks. -> what trains, as fields of PEFT's LoraConfig"""
+    """Freeze the model and put layer(linear, rank, alpha, dropout) around every layer of
+    --targets, or as --adapter has it, with its tensors. With a tokenizer, also train the rows of
+    --add-tokens and of tokens that the model lacks. -> fields of PEFT's LoraConfig"""
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
     config = {}
     if args.adapter:
@@ -1904,12 +1904,12 @@ class Log:
     TensorBoard's add_scalar(key, value, entry["step"]) for every number of an entry.
     """
 
-    READ_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits
+    FLUSH_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits
 
     def __init__(self, args, run: dict, total: int, device):
         """run: see `start_run`. total: steps of the whole run."""
         self.args, self.run, self.total, self.device = args, run, total, device
-        self.path, self.unread, self.signal = Path(args.output) / "metrics.jsonl", [], 0
+        self.path, self.pending, self.signal = Path(args.output) / "metrics.jsonl", [], 0
         if RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -1947,18 +1947,18 @@ class Log:
         self.run["tokens"] += sum(map(len, examples["input_ids"]))
         norm = torch.zeros_like(loss) if grad_norm is None else whole(grad_norm)
         self.figures, loss = ["loss", *figures], torch.stack([loss, *figures.values()])
-        self.unread.append((self.run["step"], self.run["tokens"], lr, loss, norm))
+        self.pending.append((self.run["step"], self.run["tokens"], lr, loss, norm))
         self.bar.update()
-        if self.run["step"] % self.READ_EVERY == 0 or self.run["step"] == self.total:
-            self.read()
+        if self.run["step"] % self.FLUSH_EVERY == 0 or self.run["step"] == self.total:
+            self.flush()
 
-    def read(self) -> None:
-        """Write what is unread. A loss or a gradient norm that is not finite ends the run."""
-        if not self.unread:
+    def flush(self) -> None:
+        """Write what is pending. A loss or a gradient norm that is not finite ends the run."""
+        if not self.pending:
             return
-        steps, tokens, rates, losses, norms = zip(*self.unread)
+        steps, tokens, rates, losses, norms = zip(*self.pending)
         losses = sum_over_ranks(torch.stack(losses)).tolist()
-        norms, self.unread = torch.stack(norms).tolist(), []
+        norms, self.pending = torch.stack(norms).tolist(), []
         speed = (tokens[-1] - self.clock_tokens) / (time.perf_counter() - self.clock)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of the process
         if self.device.type == "cuda":
@@ -2036,7 +2036,7 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
             damaged = repr(error)
         if damaged:
             raise UserError(f"{path} is damaged ({damaged:.60}): --overwrite starts over")
-    run = share(content["run"])
+    run = broadcast(content["run"])
     for key, now in fixed.items():
         if run["fixed"].get(key) != now:
             was = f", {now}, was {run['fixed'].get(key)}" if key[0] == "-" else ""
@@ -2062,7 +2062,7 @@ def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dic
     fixed = {f"--{key.replace('_', '-')}": x for key, x in vars(args).items() if key not in FREE}
     fixed["the training data"] = hashlib.sha256(digests.tobytes()).hexdigest()
     fixed["the base model"] = fingerprint(model)
-    found = share([path.stem for path in checkpoints(args)])
+    found = broadcast([path.stem for path in checkpoints(args)])
     if args.resume and found:
         run = read_checkpoint(args, found[-1], model, optimizers, fixed)
         say(f"resumed after step {run['step']}")

@@ -6,7 +6,7 @@ Model" (arXiv 2305.18290), equation 7:
     L = - log sigmoid(beta h)
     h = log [pi(y_w|x) / ref(y_w|x)] - log [pi(y_l|x) / ref(y_l|x)]
 
-    x            the prompt              y_w, y_l   better, worse (P,): the answers of a pair
+    x            the prompt              y_w, y_l   better, worse (P,): the answers of P pairs
     log pi(y|x)  policy     (S,)         the SUM over an answer's tokens, end of turn included
     log ref      reference  (S,)         the same, for the frozen model that training starts from
     beta         --beta                  larger values keep the policy nearer to the reference
@@ -23,7 +23,7 @@ Why this is reward learning
 Shared prompts
   All answers to a prompt read the same prompt tokens. These are computed once, not per answer:
 
-    tokens     [ prompt | answer 1 | answer 2 ]     three stretches of one sequence
+    tokens     [ prompt | answer 1 | answer 2 ]     three of the S stretches of a pass
     positions  0 .. n-1   n ..       n ..           each answer continues the prompt
 
   A token sees the tokens before it in its own stretch. An answer also sees its prompt, never the
@@ -123,7 +123,7 @@ def add_reference(model, dataset, steps, args, device):
                 sums = common.sum_stretches(logps, *common.find_pairs(rows, device)[:2])
                 for row, values in zip(rows, sums.split([len(x["stretches"]) for x in rows])):
                     reference[row["number"], : len(values)] = values
-    common.sum_over_ranks(reference)  # each rank has computed its own passes
+    common.sum_over_ranks(reference)  # each GPU has computed its own passes
     return dataset.add_column("reference", list(reference.cpu().numpy()))
 
 
@@ -136,7 +136,7 @@ def pair_figures(model, batch: dict, layers: list[tuple], args) -> dict[str, tor
     if layers:  # before the policy's forward pass, whose activations autograd keeps
         with as_reference(layers):
             reference = common.sum_stretches(model.target_logps(**batch), stretch, length)
-    else:  # SimPO has no reference
+    else:  # add_reference's, or zeros: SimPO has none
         kept = [x.get("reference", 0 * x["stretches"])[: len(x["stretches"])] for x in examples]
         reference = torch.tensor(np.concatenate([[], *kept])).to(length)
     policy = common.sum_stretches(model.target_logps(**batch), stretch, length)  # (S,)
@@ -166,7 +166,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, x):
-        flat = x.flatten(0, -2)  # (N, in)
+        flat = x.flatten(0, -2)  # N tokens: (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.weight.to(x.dtype))  # A x: (N, r)
         # + s B (A x), in place: base's backward pass does not need y
@@ -192,7 +192,7 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     lora = args.rank or args.adapter
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
-    weights = None if lora else torch.float32  # float32 masters, if trained
+    weights = None if lora else torch.float32  # kept in float32 if all of them train
     options = {"offload": args.offload, "load_in_4bit": args.load_in_4bit}
     model = common.load_model(args, dtype, device, weights, shard, **options)
     common.disable_dropout(model)
@@ -204,8 +204,8 @@ def train(args) -> None:
         steps = common.plan_steps(train_set, args)
         train_set = add_reference(model, train_set, steps, args, device)
         if eval_set:
-            steps = [range(len(eval_set))[n : n + 256] for n in range(0, len(eval_set), 256)]
-            eval_set = add_reference(model, eval_set, steps, args, device)
+            parts = [range(len(eval_set))[n : n + 256] for n in range(0, len(eval_set), 256)]
+            eval_set = add_reference(model, eval_set, parts, args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 
@@ -217,7 +217,7 @@ def train(args) -> None:
     common.describe_run(train_set, steps, args, device, dtype)
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
-    shown, samples_before = eval_set or train_set, None
+    samples_before, shown = None, eval_set or train_set  # whose answers are shown
     if run["step"] == 0:
         samples_before = answer_samples(model, tokenizer, shown, args, device, log)
         if eval_set:
@@ -231,13 +231,13 @@ def train(args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         examples, figures = train_set[steps[step - 1]], {}
-        num_prompts = len(steps[step - 1])  # of all forward passes and ranks
-        for batch in common.micro_batches(examples, args, device):  # this rank's part
+        num_prompts = len(steps[step - 1])  # of all forward passes and GPUs
+        for batch in common.micro_batches(examples, args, device):  # this GPU's part
             part = measure(batch)
             (part["loss"] / num_prompts).backward()  # a mean over the step's prompts
             for name, value in part.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / num_prompts
-        common.sum_gradients(model)  # over ranks
+        common.sum_gradients(model)  # over GPUs
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         # --- end ---
         # --- update on pairs ---
@@ -246,7 +246,7 @@ def train(args) -> None:
         log.step_done(examples, lr=lr, grad_norm=grad_norm, **figures)
 
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # so that tokens_per_second leaves the evaluation out
+            log.flush()  # so that tokens_per_second leaves the evaluation out
             held_out = held_out_figures(model, eval_set, measure, args, device)
             log.evaluation(**held_out)
             if args.patience and held_out["loss"] < run["best_loss"]:
@@ -256,7 +256,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before the checkpoint
+            log.flush()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -310,7 +310,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[dict[s
 
 
 def print_samples(before, after) -> None:
-    """before is None after --resume."""
+    """before: None if the run was resumed."""
     for n, texts in enumerate(after[:3]):
         texts = texts | ({"before training": before[n]["after"]} if before else {})
         keys = [key for key in TITLES if key in texts]
@@ -331,8 +331,8 @@ def main(argv=None) -> None:
     add("--offload", action="store_true", help="keep weights and optimizer states in host memory")
     add("--load-in-4bit", action="store_true", help="base in 4 bits; needs an adapter")
     common.add_adapter_flags(parser, prefix="lora-", rank=0)
-    pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 5e-5, "samples": 3}
-    train(common.parse_args(parser, argv, demo=pairs))
+    demo = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 5e-5, "samples": 3}
+    train(common.parse_args(parser, argv, demo=demo))
 
 
 if __name__ == "__main__":

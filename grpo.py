@@ -22,7 +22,7 @@ Choices and departures from the paper
   - One update per rollout by default, so every ratio is 1. --iterations makes more updates.
   - A prompt is computed once for all its answers. --rollout-size and --batch-size count answers.
   - The policy is a LoRA adapter. The reference is the base, or a frozen copy of --adapter.
-  - [1] and [2] in the code are those of ppo.py: sampling, and --missing-eos-penalty.
+  - [1] to [3] in the code are those of ppo.py: sampling, --missing-eos-penalty, the first ratio.
 
 What to watch, in metrics.jsonl: score, score_ended, ended, length, entropy and clip_fraction are as
 in ppo.py. kl is the mean k3 per token, in nats. equal_scores is the share of groups with advantage
@@ -97,14 +97,14 @@ def train(args) -> None:
     optimizer = torch.optim.AdamW(common.decay_groups(model, args), lr=args.lr, fused=True)
 
     G, size = args.group_size, args.batch_size // args.group_size  # size: groups of a minibatch
-    rollouts = argparse.Namespace(**vars(args) | {"batch_size": args.rollout_size // G})
-    steps = common.plan_steps(train_set, rollouts)  # the prompts of every rollout
+    rollout_args = argparse.Namespace(**vars(args) | {"batch_size": args.rollout_size // G})
+    steps = common.plan_steps(train_set, rollout_args)  # the prompts of every rollout
     common.say(f"{len(steps)} rollouts of {args.rollout_size // G} prompts with {G} answers each")
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
 
     def held_out_loss(model, eval_set, args, device) -> float:
-        """One answer to each held-out prompt, with the same random numbers at every evaluation."""
+        """eval_loss of one answer to each held-out prompt, by the same random numbers always."""
         answers = write_answers(model, reward, tokenizer, eval_set[:], args, device, step=0)
         print_answers(answers[: args.samples], tokenizer)
         figures = answer_figures(answers)
@@ -140,7 +140,7 @@ def train(args) -> None:
         sums, done = torch.zeros(3, device=device), 0
         for _ in range(args.iterations):
             for n in generator.permutation(len(minibatches)):
-                for part in minibatches[n]:  # this rank's forward passes
+                for part in minibatches[n]:  # this GPU's forward passes
                     logps = model.target_logps(**part.batch)
                     if done == 0:
                         check_ratio(logps - part.logps, dtype)
@@ -148,7 +148,7 @@ def train(args) -> None:
                     results = grpo_loss(logps, *fixed, args.clip, args.kl_coefficient)
                     results[0].backward()
                     sums += torch.stack(results).detach()
-                common.sum_gradients(model)  # over ranks
+                common.sum_gradients(model)  # over GPUs
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -162,11 +162,11 @@ def train(args) -> None:
         figures |= dict(zip(("clip_fraction", "kl"), sums[1:] / (tokens * args.iterations)))
         written = {"input_ids": [answer.prompt + answer.ids for answer in answers]}
         log.step_done(written, sums[0] / done, lr, grad_norm, **figures)
-        log.read()  # a line for every rollout
+        log.flush()  # a line for every rollout
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # so that tokens_per_second leaves the evaluation out
+            log.flush()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -176,7 +176,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before the checkpoint
+            log.flush()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -190,7 +190,7 @@ def train(args) -> None:
 
 
 def forward_passes(groups: list[tuple], args, device) -> list[SimpleNamespace]:
-    """This rank's forward passes over a minibatch: groups (answers, advantages (G,)). A prompt and
+    """This GPU's forward passes over a minibatch: groups (answers, advantages (G,)). A prompt and
     its answers are one example. Each of them is a stretch."""
     examples = {"input_ids": [], "is_target": [], "stretches": [], "advantages": []}
     for answers, advantages in groups:
@@ -264,7 +264,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, x):
-        flat = x.flatten(0, -2)  # (N, in)
+        flat = x.flatten(0, -2)  # N tokens: (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.weight.to(x.dtype))  # A x: (N, r)
         # + s B (A x), in place: base's backward pass does not need y
@@ -291,7 +291,7 @@ class Answer(NamedTuple):
 
 
 def write_answers(model, reward, tokenizer, examples, args, device, step: int) -> list[Answer]:
-    """The policy's answers to the prompts of the examples, in order, on all ranks."""
+    """The policy's answers to the prompts of the examples, in order, on all GPUs."""
     prompts, references = zip(*map(split_example, examples["input_ids"], examples["is_target"]))
     references = [tokenizer.decode(x, skip_special_tokens=True) if x else None for x in references]
     settings = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}  # [1]
@@ -301,7 +301,7 @@ def write_answers(model, reward, tokenizer, examples, args, device, step: int) -
     size, stop, mine = args.generation_batch, common.stop_ids(model, tokenizer), []
     with merged_policy(model):
         for first in range(size * common.RANK, len(prompts), size * common.RANKS):
-            # depends on seed, step and batch, not on the number of ranks
+            # depends on seed, step and batch, not on the number of GPUs
             torch.manual_seed(hash((args.seed, step, first)) % 2**63)
             numbers = by_length[first : first + size]
             batch = [prompts[i] for i in numbers]
@@ -400,7 +400,7 @@ def model_reward(classifier, weight, offset, args, model, tokenizer, device):
 def add_rollout_flags(parser) -> None:
     add = parser.add_argument_group("rollouts").add_argument
     add("--reward", help="a folder of reward_model.py, or FILE.py:FUNCTION (the file is run)")
-    add("--rollout-size", type=int, default=64, help="answers per rollout, n times --batch-size")
+    add("--rollout-size", type=int, default=64, help="answers per rollout; --batch-size divides it")
     add("--response-length", type=int, default=128, help="maximum tokens of an answer")
     add("--temperature", type=float, default=1.0, help="of sampling and all log-probabilities")
     add("--missing-eos-penalty", type=float, default=1.0, help="subtracted for cut-off answers")

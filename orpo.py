@@ -119,7 +119,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, x):
-        flat = x.flatten(0, -2)  # (N, in)
+        flat = x.flatten(0, -2)  # N tokens: (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.weight.to(x.dtype))  # A x: (N, r)
         # + s B (A x), in place: base's backward pass does not need y
@@ -145,7 +145,7 @@ def train(args) -> None:
         return common.inspect_examples(train_set, tokenizer)
     lora = args.rank or args.adapter
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
-    weights = None if lora else torch.float32  # float32 masters, if trained
+    weights = None if lora else torch.float32  # kept in float32 if all of them train
     four_bits = args.load_in_4bit
     model = common.load_model(args, dtype, device, weights, shard, args.offload, four_bits)
     config = common.add_adapter(model, args, LoRALinear, device) if lora else {}
@@ -162,7 +162,7 @@ def train(args) -> None:
     common.describe_run(train_set, steps, args, device, dtype)
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
-    shown, samples_before = eval_set or train_set, None
+    samples_before, shown = None, eval_set or train_set  # whose answers are shown
     if run["step"] == 0:
         samples_before = answer_samples(model, tokenizer, shown, args, device, log)
         if eval_set:
@@ -175,14 +175,14 @@ def train(args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         examples, figures = train_set[steps[step - 1]], {}
-        num_prompts = len(steps[step - 1])  # of all forward passes and ranks
+        num_prompts = len(steps[step - 1])  # of all forward passes and GPUs
         nll_scale = prompts_per_token(examples)
-        for batch in common.micro_batches(examples, args, device):  # this rank's part
+        for batch in common.micro_batches(examples, args, device):  # this GPU's part
             part = measure(batch, nll_scale)
             (part["loss"] / num_prompts).backward()  # a mean over the step
             for name, value in part.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / num_prompts
-        common.sum_gradients(model)  # over ranks
+        common.sum_gradients(model)  # over GPUs
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         # --- copied from dpo.py: update on pairs ---
         optimizer.step()
@@ -190,7 +190,7 @@ def train(args) -> None:
         log.step_done(examples, lr=lr, grad_norm=grad_norm, **figures)
 
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # so that tokens_per_second leaves the evaluation out
+            log.flush()  # so that tokens_per_second leaves the evaluation out
             held_out = held_out_figures(model, eval_set, measure, args, device)
             log.evaluation(**held_out)
             if args.patience and held_out["loss"] < run["best_loss"]:
@@ -200,7 +200,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before the checkpoint
+            log.flush()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -250,7 +250,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[dict[s
 
 
 def print_samples(before, after) -> None:
-    """before is None after --resume."""
+    """before: None if the run was resumed."""
     for n, texts in enumerate(after[:3]):
         texts = texts | ({"before training": before[n]["after"]} if before else {})
         keys = [key for key in TITLES if key in texts]
@@ -270,9 +270,9 @@ def main(argv=None) -> None:
     add("--offload", action="store_true", help="keep weights and optimizer states in host memory")
     add("--load-in-4bit", action="store_true", help="base in 4 bits; needs an adapter")
     common.add_adapter_flags(parser, prefix="lora-", rank=0)
-    pairs = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 1e-4, "samples": 3}
-    pairs |= {"loss_on": "answers"}
-    train(common.parse_args(parser, argv, demo=pairs))
+    demo = {"data": [str(common.EXAMPLES / "pairs.jsonl")], "lr": 1e-4, "samples": 3}
+    demo |= {"loss_on": "answers"}
+    train(common.parse_args(parser, argv, demo=demo))
 
 
 if __name__ == "__main__":

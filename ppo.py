@@ -16,8 +16,8 @@ models Ouyang et al. 2022 (arXiv 2203.02155), section 3.5. For an answer y_1 .. 
     score  scores           (b,)  one for each answer, from a reward model or a function
     beta, eps, gamma, lambda      --kl-coefficient, --clip, --gamma, --lam
 
-A forward pass has b answers with N tokens in all. Rewards and advantages are computed as (b, T)
-tensors, with 0 after the end of an answer.
+A rollout has --rollout-size answers, a minibatch --batch-size, a forward pass b with N tokens in
+all. Rewards and advantages are computed as (b, T) tensors, with 0 after the end of an answer.
 
 Four models in the memory of one: policy, reference, critic and reward model are LoRA adapters on
 one frozen base. The reference is the base alone, or a frozen copy of --adapter. The critic and
@@ -33,9 +33,9 @@ Details that matter (Huang et al. 2024, "The N+ Implementation Details of RLHF w
  [4]  The KL penalty is per token, k1 = log p - log p_ref. The score is added at the last token.
  [5]  gamma 1, lambda 0.95. Returns are computed first, then advantages are whitened, over all
       answer tokens of the rollout.
- [6]  Both losses are clipped at 0.2. The critic's loss is multiplied by 0.1. With its own gradient
-      clipping and Adam, that hardly matters: --critic-lr sets how fast the critic learns.
- [7]  4 epochs over a rollout. Adam with eps 1e-5, a learning rate that falls to 0, no dropout.
+ [6]  Both losses are clipped at 0.2. The critic's is multiplied by 0.1. As it has gradient clipping
+      of its own, and Adam, that hardly matters: --critic-lr sets how fast the critic learns.
+ [7]  4 epochs over a rollout. Adam (its eps: 1e-5), a learning rate that falls to 0, no dropout.
  [8]  The critic starts from the reward model if that is an adapter on the same base, else from
       the policy, with a head of zeros.
  [9]  Prompts are padded on the left while sampling. Positions count from the first real token.
@@ -49,21 +49,21 @@ Choices and departures from the papers
   - Policy and critic share no trained parameter. Full-parameter PPO is left out: it needs three
     more copies of the model.
   - Sampling uses transformers' generate with a static cache. Meanwhile the policy's adapter is
-    merged into the base, whose adapted weights are kept twice and restored bit for bit. With 8
+    merged into the base. A copy of the adapted weights restores them bit for bit afterwards. With 8
     layers of width 576, 16 answers of 256 tokens and one core: 147 tokens/s. Unmerged with a
     growing cache: 129. Merged with a growing cache: 121 (2026-11-26).
 
 Questions people ask
   Sum or mean?      Losses are means over the answer tokens of a minibatch. kl is a sum over an
                     answer's tokens, then a mean over answers.
-  Why k1, not k3?   As a reward, k1's expectation has the gradient of the KL. k3 is only logged.
+  Why k1, not k3?   As a reward, k1's mean has the KL's gradient. k3 (see grpo.py) is only logged.
   Which --missing-eos-penalty?   More than a cut-off answer can gain. After 20 rollouts with
                     --response-length 24, shorter than the bundled model's answers: with penalty
                     0, 5 % of answers end by themselves, and the score is 1.00 with texts cut in
                     mid-word. 0.1: 6 %. 1: 35 %, score from -0.99 to 0.32 (2026-11-26).
   Score falls?      Try a lower --lr, a higher --critic-lr or a larger --rollout-size.
   Score rises, answers get worse?   The policy exploits the reward. Raise --kl-coefficient.
-  The data's answers?   Reward functions get them as references. Rows may have none.
+  The data's answers?   Reward functions get them as references, or None. p_ref is unrelated.
 
 What to watch, in metrics.jsonl. A step is one rollout and its updates. eval_: held-out prompts.
   score                    mean over answers, with the penalty; score_ended: of those that ended
@@ -142,7 +142,7 @@ def value_loss(values, old_values, returns, count: int, clip: float):
 
 
 def moments(x):
-    """Mean and biased variance over all ranks. x (N,): this rank's part."""
+    """Mean and biased variance over all GPUs. x (N,): this GPU's part."""
     x = x.double()
     count = common.sum_over_ranks(torch.tensor(len(x), device=x.device))
     mean = common.sum_over_ranks(x.sum()) / count
@@ -150,7 +150,7 @@ def moments(x):
 
 
 def whiten(advantages: list) -> list:
-    """[5] Mean 0, variance 1 over all ranks. One (N,) per pass. A single value becomes 0."""
+    """[5] Mean 0, variance 1 over all GPUs. One (N,) per pass. A single value becomes 0."""
     mean, variance = moments(torch.cat(advantages))
     return [((x - mean) / (variance + 1e-8).sqrt()).to(x.dtype) for x in advantages]
 
@@ -173,15 +173,15 @@ def train(args) -> None:
     policy = [p for name, p in trained.items() if "critic" not in name]
     optimizer = torch.optim.Adam([{"params": policy}, {"params": critic}], eps=1e-5, fused=True)
 
-    rollouts = argparse.Namespace(**vars(args) | {"batch_size": args.rollout_size})
-    steps = common.plan_steps(train_set, rollouts)  # the prompts of every rollout
+    rollout_args = argparse.Namespace(**vars(args) | {"batch_size": args.rollout_size})
+    steps = common.plan_steps(train_set, rollout_args)  # the prompts of every rollout
     updates = args.ppo_epochs * args.rollout_size // args.batch_size
     common.say(f"{len(steps)} rollouts of {args.rollout_size} answers, {updates} updates each")
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
 
     def held_out_loss(model, eval_set, args, device) -> float:
-        """Answer the held-out prompts, with the same random numbers at every evaluation."""
+        """eval_loss of answers to held-out prompts, by the same random numbers every time."""
         answers = write_answers(model, reward, tokenizer, eval_set[:], args, device, step=0)
         passes = forward_passes(answers, args, device)
         for part in passes:
@@ -208,7 +208,7 @@ def train(args) -> None:
         order, minibatches = generator.permutation(len(answers)), []
         for first in range(0, len(answers), args.batch_size):
             chosen = [answers[i] for i in order[first : first + args.batch_size]]
-            count = sum(len(answer.ids) for answer in chosen)  # tokens, on all ranks
+            count = sum(len(answer.ids) for answer in chosen)  # tokens, on all GPUs
             minibatches.append((forward_passes(chosen, args, device), count))
 
         # Old log-probabilities and values, advantages, returns
@@ -233,7 +233,7 @@ def train(args) -> None:
         for _ in range(args.ppo_epochs):
             for n in generator.permutation(len(minibatches)):
                 parts, count = minibatches[n]
-                for part in parts:  # this rank's forward passes
+                for part in parts:  # this GPU's forward passes
                     logps = policy_logps(model, "policy", part.batch, args)
                     if done == 0:
                         check_ratio(logps - part.logps, dtype)
@@ -245,7 +245,7 @@ def train(args) -> None:
                     critic_loss = value_loss(values, part.values, part.returns, count, args.clip)
                     (VALUE_COEFFICIENT * critic_loss).backward()
                     sums += torch.stack([loss, critic_loss, clipped]).detach()
-                common.sum_gradients(model)  # over ranks
+                common.sum_gradients(model)  # over GPUs
                 norms = [
                     nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm or math.inf)
                     for group in optimizer.param_groups
@@ -259,15 +259,15 @@ def train(args) -> None:
             name: torch.tensor(x / common.RANKS, device=device) for name, x in figures.items()
         }
         names = ("policy_loss", "value_loss", "clip_fraction")
-        figures |= dict(zip(names, sums / done))  # this rank's part, as everything in figures
+        figures |= dict(zip(names, sums / done))  # this GPU's part, as everything in figures
         loss = figures["policy_loss"] + VALUE_COEFFICIENT * figures["value_loss"]
         written = {"input_ids": [answer.prompt + answer.ids for answer in answers]}
         log.step_done(written, loss, lr, norms[0], **figures)
-        log.read()  # a line for every rollout
+        log.flush()  # a line for every rollout
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # so that tokens_per_second leaves the evaluation out
+            log.flush()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -277,7 +277,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before the checkpoint
+            log.flush()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -316,7 +316,7 @@ class Pass:
 
 
 def forward_passes(answers: list, args, device) -> list[Pass]:
-    """This rank's forward passes. Each answer is a stretch that reads its prompt."""
+    """This GPU's forward passes. Each answer is a stretch that reads its prompt."""
     examples = {
         "input_ids": [answer.prompt + answer.ids for answer in answers],
         "is_target": [np.arange(len(x.prompt + x.ids)) >= len(x.prompt) for x in answers],
@@ -362,7 +362,7 @@ def old_logps(model, part: Pass, args) -> None:
 
 
 def rollout_figures(answers: list, passes: list[Pass]) -> dict[str, float]:
-    """[10] Means over the answers or the answer tokens of all ranks."""
+    """[10] Means over the answers or the answer tokens of all GPUs."""
     count, tokens = len(answers), sum(len(answer.ids) for answer in answers)
     logps = torch.cat([part.logps for part in passes])
     log_r = torch.cat([part.reference_logps for part in passes]) - logps
@@ -436,7 +436,7 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, x):
-        flat = x.flatten(0, -2)  # (N, in)
+        flat = x.flatten(0, -2)  # N tokens: (N, in)
         y = self.base(flat)  # W0 x: (N, out)
         down = F.linear(self.dropout(flat), self.lora_A.weight.to(x.dtype))  # A x: (N, r)
         # + s B (A x), in place: base's backward pass does not need y
@@ -495,9 +495,9 @@ def copy_adapter(layer: LoRALinear) -> LoRALinear:
 
 @contextmanager
 def merged_policy(model):
-    """Temporarily merge the policy's adapter into the base. The adapted weights are kept twice and
-    restored bit for bit. Of the model's generation config, only the end of turn is used: it may
-    have top-k or a repetition penalty."""
+    """Temporarily merge the policy's adapter into the base. A copy of the adapted weights
+    restores them bit for bit. Of the model's generation config, only the end of turn is used: it
+    may have top-k or a repetition penalty."""
     layers = [layer for layer in role_layers(model) if "policy" in layer.roles]
     kept = [layer.roles["base"].weight.detach().clone() for layer in layers]
     config, eos = model.generation_config, model.generation_config.eos_token_id
@@ -527,7 +527,7 @@ class Answer(NamedTuple):
 
 
 def write_answers(model, reward, tokenizer, examples, args, device, step: int) -> list[Answer]:
-    """The policy's answers to the prompts of the examples, in order, on all ranks."""
+    """The policy's answers to the prompts of the examples, in order, on all GPUs."""
     prompts, references = zip(*map(split_example, examples["input_ids"], examples["is_target"]))
     references = [tokenizer.decode(x, skip_special_tokens=True) if x else None for x in references]
     settings = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}  # [1]
@@ -537,7 +537,7 @@ def write_answers(model, reward, tokenizer, examples, args, device, step: int) -
     size, stop, mine = args.generation_batch, common.stop_ids(model, tokenizer), []
     with merged_policy(model):
         for first in range(size * common.RANK, len(prompts), size * common.RANKS):
-            # depends on seed, step and batch, not on the number of ranks
+            # depends on seed, step and batch, not on the number of GPUs
             torch.manual_seed(hash((args.seed, step, first)) % 2**63)
             numbers = by_length[first : first + size]
             batch = [prompts[i] for i in numbers]
@@ -636,7 +636,7 @@ def model_reward(classifier, weight, offset, args, model, tokenizer, device):
 def add_rollout_flags(parser) -> None:
     add = parser.add_argument_group("rollouts").add_argument
     add("--reward", help="a folder of reward_model.py, or FILE.py:FUNCTION (the file is run)")
-    add("--rollout-size", type=int, default=64, help="answers per rollout, n times --batch-size")
+    add("--rollout-size", type=int, default=64, help="answers per rollout; --batch-size divides it")
     add("--response-length", type=int, default=128, help="maximum tokens of an answer")
     add("--temperature", type=float, default=1.0, help="of sampling and all log-probabilities")
     add("--missing-eos-penalty", type=float, default=1.0, help="subtracted for cut-off answers")

@@ -153,7 +153,7 @@ def train(args) -> None:
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device)
-    torch.manual_seed(args.seed)  # the same start on all ranks
+    torch.manual_seed(args.seed)  # the same start on all GPUs
     add_prefix(model, starting_prefix(model, tokenizer, args), args.hidden)
     if args.chat:
         return common.chat(model, tokenizer, args, device)
@@ -167,7 +167,7 @@ def train(args) -> None:
     common.describe_run(train_set, steps, args, device, dtype)
     run = common.start_run(args, model, optimizer, train_set, steps)
     log = common.Log(args, run, len(steps), device)
-    shown, samples_before = eval_set or train_set, None
+    samples_before, shown = None, eval_set or train_set  # whose answers are shown
     if run["step"] == 0:
         samples_before = answer_samples(model, tokenizer, shown, args, device, log)
         if eval_set:
@@ -181,13 +181,13 @@ def train(args) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         examples = train_set[steps[step - 1]]
-        num_targets = common.count_targets(examples)  # of all forward passes and ranks
+        num_targets = common.count_targets(examples)  # of all forward passes and GPUs
         loss = torch.zeros((), device=device)
-        for batch in common.micro_batches(examples, args, device):  # this rank's part
+        for batch in common.micro_batches(examples, args, device):  # this GPU's part
             nll = -model.target_logps(**batch).sum()  # cross-entropy
             (nll / num_targets).backward()  # a mean over the step's targets
             loss += nll.detach() / num_targets
-        common.sum_gradients(model)  # over ranks
+        common.sum_gradients(model)  # over GPUs
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
@@ -196,7 +196,7 @@ def train(args) -> None:
 
         # --- copied from lora.py: end of a step ---
         if eval_set and (step % args.eval_every == 0 or step == len(steps)):
-            log.read()  # so that tokens_per_second leaves the evaluation out
+            log.flush()  # so that tokens_per_second leaves the evaluation out
             eval_loss = held_out_loss(model, eval_set, args, device)
             log.evaluation(loss=eval_loss)
             if args.patience and eval_loss < run["best_loss"]:
@@ -206,7 +206,7 @@ def train(args) -> None:
                 break
         signal = log.stopped()  # SIGINT or SIGTERM
         if step % args.save_every == 0 or signal:
-            log.read()  # a loss that is not finite ends the run before the checkpoint
+            log.flush()  # a loss that is not finite ends the run before the checkpoint
             common.save_checkpoint(args, f"step-{step:08d}", run, model, optimizer)
         if signal:
             common.exit_stopped(step, signal)
@@ -240,7 +240,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
     is continued from its middle. Logs the share of answers that equal the data's."""
     prompts, data, answers = [], [], []
     for row in (examples[n] for n in range(min(args.samples, len(examples)))):
-        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows the last one
+        context = np.flatnonzero(row["is_target"] == 0)  # the last answer follows; raw text: [0]
         start = context[-1] + 1 if context[-1] else len(row["input_ids"]) // 2
         prompts.append(row["input_ids"][:start])
         data.append(row["input_ids"][start:])
@@ -254,7 +254,7 @@ def answer_samples(model, tokenizer, examples, args, device, log) -> list[tuple[
 
 
 def print_samples(before, after) -> None:
-    """before is None after --resume."""
+    """before: None if the run was resumed."""
     for n, (prompt, answer, data) in enumerate(after[:3]):
         texts = {"prompt": prompt} | ({"before training": before[n][1]} if before else {})
         texts |= {"after": answer, "data": data}
