@@ -128,7 +128,8 @@ def add_adapters(model, args, device) -> dict:
     for module in places:
         module.adapter = Adapter(width, config["bottleneck"], config["activation"])
         module.register_forward_hook(apply_adapter)
-    norms = [m for m in model.modules() if type(m).__name__.endswith("Norm")]
+    modules = common.language_part(model).modules()
+    norms = [module for module in modules if type(module).__name__.endswith("Norm")]
     for norm in norms if config["train_norms"] else []:
         train_norm(norm, model.dtype)
     common.fill_adapter(model, args, tensors, device, f"in {len(places)} adapters")

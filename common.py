@@ -141,8 +141,8 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
         raise UserError("--inspect needs --data")
     if args.merge_only and not (args.model and args.adapter):
         raise UserError("--merge-only needs --model (the base) and --adapter")
-    if args.chat and not args.model:
-        raise UserError("--chat needs --model")
+    if args.chat and (not args.model or args.inspect or RANKS > 1):
+        raise UserError("--chat needs --model and one process, and excludes --inspect")
     if args.inspect or args.merge_only or args.chat or args.model and args.data:
         return args
     if args.model or args.data:
@@ -1067,7 +1067,6 @@ def load_model(
         # transformers would make them random
         if missing := sorted(set(info["missing_keys"]) - {"score.weight"}):
             raise UserError(f"--model {args.model}: its files lack the weights {missing[0]}")
-        model.to("cpu" if shard or load_in_4bit else device)
     else:
         with torch.device("meta"):
             model = auto_class.from_config(config, dtype=weights or dtype)
@@ -1077,6 +1076,8 @@ def load_model(
         decoder.requires_grad_(True)
     if vocab_size > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(vocab_size, mean_resizing=RANK == 0)
+    if RANK == 0:
+        model.to("cpu" if shard or load_in_4bit else device)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
@@ -1434,11 +1435,11 @@ def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inp
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     softcap = softcap and softcap / temperature
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    kind, weight = hidden.device.type, head.weight
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     hidden, bias = (x if x is None else (x * scale).to(dtype) for x in (hidden, head.bias))
     with torch.autocast(kind, enabled=False):
-        return linear_logps(hidden, head.weight.to(dtype), bias, targets, softcap)
+        return linear_logps(hidden, weight.to(dtype), bias, targets, softcap)
 
 
 # --------------------------------------------------------------------------------- 8. Saving
@@ -1592,6 +1593,8 @@ def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     """Give what trains the values of --adapter's tensors, and all ranks the same ones."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    for name in [x for x in shapes if "token_adapter" in x and x not in tensors]:
+        shapes.pop(name)  # tokens that came after --adapter, such as a pad token
     if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
         odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
         raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
@@ -1750,9 +1753,11 @@ def add_old_names(folder: Path) -> None:
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         for part in (config, config.get("text_config") or {}):
             rope = dict(part.get("rope_parameters") or {})
-            if "full_attention" in rope:  # Gemma 3
+            if str(part.get("model_type")).startswith("gemma3") and "full_attention" in rope:
                 part["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
                 rope = dict(rope["full_attention"])
+            if any(isinstance(x, dict | None) for x in rope.values()):
+                continue  # transformers 4 has no other model with several
             top = {"rope_theta", "partial_rotary_factor"} & rope.keys()
             part |= {key: rope.pop(key) for key in top}
             kind = rope.pop("rope_type", "default")
@@ -1882,7 +1887,8 @@ def generate_ids(model, tokenizer, prompts: list, device, streamer=None, **setti
     """Answers to prompts, both token ids, in one left-padded batch. An answer ends with its first
     stop token, or is cut off. settings: of GenerationConfig, greedy and 128 tokens by default.
     streamer: transformers', of a single answer."""
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    width, size = max(map(len, prompts)), model.config.get_text_config().vocab_size
+    pad = min(tokenizer.pad_token_id, size - 1)  # masked; some tokenizers have one too many
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     stop = stop_ids(model, tokenizer)

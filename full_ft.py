@@ -124,7 +124,7 @@ def train(args) -> None:
     train_set, eval_set = common.load_data(args, tokenizer)
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
-    if args.step_in_backward:
+    if args.step_in_backward and not args.chat:
         check_one_pass(train_set, common.plan_steps(train_set, args), args)
     dtype, masters = (torch.bfloat16,) * 2 if args.pure_bfloat16 else (dtype, torch.float32)
     model = common.load_model(args, dtype, device, masters, shard=sharded, offload=args.offload)

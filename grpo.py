@@ -375,9 +375,9 @@ def model_reward(classifier, weight, offset, args, model, tokenizer, device):
         raise common.UserError(f"--reward {args.reward} has another tokenizer than --model")
     weight, stop = weight.detach().float().to(device), common.stop_ids(model, tokenizer)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    whole = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False)).input_ids
-    last = max((n for n, token in enumerate(whole) if token in stop), default=len(whole))
-    ending = whole[last:]  # the end of turn and what the template writes after it
+    ids, marks = common.encode_answers(tokenizer, turns[:1], turns[1:], None, whole=True)[0]
+    ends = [n for n in np.flatnonzero(marks) if ids[n] in stop]
+    ending = ids[ends[0] :] if ends else []  # the end of turn, and what the template adds to it
 
     def reward(prompts, answers, references):
         rows = [p + a[: len(a) - (a[-1] in stop)] + ending for p, a in zip(prompts, answers)]

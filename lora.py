@@ -31,8 +31,8 @@ Questions people ask
                     end-of-turn token. (--targets is another thing: layers to adapt.)
   New tokens?       --add-tokens "<a>" "<b>" trains their rows of the embedding and the head, saved
                     as PEFT's trainable_token_indices. vLLM does not read them: merge.
-  Never stops?      The saved tokenizer's eos is the end of turn that was trained. With PEFT:
-                    model.generate(..., eos_token_id=tokenizer.eos_token_id).
+  Never stops?      PEFT generates with the base's settings. The result has its own:
+                    model.generation_config = GenerationConfig.from_pretrained("runs/lora").
   Merge?            --merge-only adds s B A to W0. Merged weights cost nothing at inference. Keep
                     the adapter: the sum is rounded, so subtracting s B A does not restore W0.
 

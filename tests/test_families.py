@@ -10,6 +10,7 @@ from conftest import TINY, write_rows
 from test_model import CPU, make_args, own
 from transformers import AutoModelForImageTextToText
 
+import adapter
 import common
 import dpo
 import full_ft
@@ -95,6 +96,12 @@ def test_the_language_part_trains_alone(train, wrapper, script, flags):
         with common.own_attention(model):
             torch.testing.assert_close(logits(saved), logits(model), rtol=0, atol=2e-5)
     assert (folder / "preprocessor_config.json").exists()
+
+
+def test_houlsby_adapters_are_in_the_language_part(train):
+    model, _ = train(adapter)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("language_model" in name for name in trained)
 
 
 @pytest.mark.parametrize("script", [lora, qlora])

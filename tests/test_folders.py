@@ -149,3 +149,14 @@ def test_sections_of_a_multimodal_models_positions(tmp_path):
     found = json.loads((tmp_path / "config.json").read_text())["text_config"]
     assert found["rope_theta"] == 1e6 and found["rope_scaling"] == sections
     assert found["rope_parameters"] == config["text_config"]["rope_parameters"]
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3_text", "lfm2", "olmo3", "gpt_oss"])
+def test_the_folder_still_is_transformers_5s(kind, tmp_path):
+    """Also with rotary settings for every kind of layer: Gemma 4, which transformers 4 lacks."""
+    config = transformers.AutoConfig.for_model(kind)
+    config.save_pretrained(tmp_path)
+    before = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    common.add_old_names(tmp_path)
+    after = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert after["rope_parameters"] == before["rope_parameters"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import common
 import lora
+import qlora
 import sft
 
 CPU = torch.device("cpu")
@@ -151,6 +152,17 @@ def test_an_adapter_with_new_tokens_goes_on(kind, bases, flags, tmp_path):
     with pytest.raises(common.UserError, match="does not fit"):
         more = ["--add-tokens", "<c>", "--adapter", tmp_path / "first"]
         lora.main(flags("third", bases[kind], *more))
+
+
+def test_a_pad_token_that_the_model_lacks_is_no_obstacle(bases, flags, tmp_path):
+    """Adapters of other tools have tokenizers with an added [PAD]."""
+    first = tmp_path / "first"
+    lora.main(flags("first", bases["tied"]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(first)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(first)
+    lora.main(flags("second", bases["tied"], "--adapter", first, "--samples", 2))
+    qlora.main(flags("third", bases["tied"], "--adapter", first, "--samples", 2))
 
 
 @pytest.mark.parametrize("script, more", [(lora, []), (sft, ["--lora-rank", 4]), (sft, [])])

@@ -504,6 +504,22 @@ def test_scores_are_transformers_and_the_critic_starts_from_them(
     assert len(of_role(model, "critic")) == (8 if lora else 28)
 
 
+@pytest.mark.parametrize("more", ["", "<|im_end|>"])
+def test_an_answer_is_scored_with_what_the_template_adds(more, random_model, load, tmp_path):
+    """As in training: Phi-3's template, for one, writes another eos at the end."""
+    theirs, tokenizer = save_reward_model(random_model, tmp_path / "reward", False)
+    template = tokenizer.chat_template
+    template += "{% if not add_generation_prompt %}" + more + "{% endif %}"
+    (tmp_path / "template.jinja").write_text(template)
+    files = ["--reward", tmp_path / "reward", "--template", tmp_path / "template.jinja"]
+    _, tokenizer, _, reward = load(*files)
+    prompt, answer = tokenizer("Hi").input_ids, [65, 257]
+    whole = prompt + answer + tokenizer("\n" + more).input_ids
+    with torch.no_grad():
+        expected = theirs(torch.tensor([whole])).logits.item() - 0.25
+        assert reward([prompt], [answer], [None]) == pytest.approx([expected], abs=1e-5)
+
+
 def test_a_run_with_a_reward_model(random_model, flags, tmp_path):
     save_reward_model(random_model, tmp_path / "reward", True)
     more = ["--reward", tmp_path / "reward", "--targets", "q_proj,v_proj"]
