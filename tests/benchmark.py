@@ -367,8 +367,6 @@ def watch(script, meter, folder: str, args) -> None:
 
     def timed_step_done(log, *rest, **figures):
         step_done(log, *rest, **figures)
-        if "rollout_tokens_per_second" in figures:  # of ppo
-            rates.append(figures["rollout_tokens_per_second"].item())
         meter.step()
 
     def answer_samples(*rest):  # before and after training
@@ -386,7 +384,10 @@ def watch(script, meter, folder: str, args) -> None:
             meter.begin()
         plain.append(generate_speed(*rest))
         meter.last = time.perf_counter()
-        return write_answers(*rest)
+        answers = write_answers(*rest)
+        count = sum(len(answer.ids) for answer in answers)
+        rates.append(count / (time.perf_counter() - meter.last))
+        return answers
 
     def report(log, *rest):
         names = "rollout_tokens_per_second", "generate_tokens_per_second"
