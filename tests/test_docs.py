@@ -322,7 +322,8 @@ def named_flags(text: str) -> set[str]:
 
 
 def test_every_flag_that_the_readme_names_is_one(flags):
-    assert named_flags(README + RESULTS) <= {flag for script in SCRIPTS for flag in flags[script]}
+    text = re.sub("`python tests/[^`]*`", "", README + RESULTS)  # with flags of their own
+    assert named_flags(text) <= {flag for script in SCRIPTS for flag in flags[script]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
