@@ -133,7 +133,8 @@ def add_adapter(model, args, device) -> tuple[dict[str, AdaLoRALinear], dict]:
     has it, with its tensors and ranks. -> layers by name, fields of PEFT's AdaLoraConfig"""
     targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
     if args.adapter:
-        config, tensors = common.load_adapter(args.adapter, model, "ADALORA")
+        reads = ("rank_pattern",)  # the tensors' shapes tell
+        config, tensors = common.load_adapter(args.adapter, model, "ADALORA", reads=reads)
         rank, alpha = config["init_r"], float(config["lora_alpha"])
         names = [name.removesuffix(".lora_E") for name in tensors if name.endswith(".lora_E")]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"

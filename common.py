@@ -1628,34 +1628,33 @@ UNREAD = """fan_in_fan_out rank_pattern alpha_pattern modules_to_save bias lora_
 target_parameters layer_replication alora_invocation_tokens""".split()
 
 
-def load_adapter(folder: str, model, *peft_types: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def load_adapter(folder: str, model, *peft_types: str, reads=(), flag: str = "--adapter"):
     """-> (config and metadata, tensors by parameter name) of an adapter, ours or PEFT's. Refused
-    if it was trained on another base, or has parts that these scripts do not train."""
+    if it was trained on another base, or has parts that these scripts do not train. reads: those
+    of UNREAD that the caller reads."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         with safetensors.safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"--adapter {folder} cannot be read: {error}") from error
+        raise UserError(f"{flag} {folder} cannot be read: {error}") from error
     if config.get("peft_type") not in peft_types:
         kinds = " or ".join(peft_types)
-        raise UserError(f"--adapter {folder} is {config.get('peft_type')}, not {kinds}")
-    unread = [key for key in UNREAD if config.get(key) not in (*EMPTY, False, "none")]
-    if hasattr(model, "score") and "modules_to_save" in unread:
-        unread.remove("modules_to_save")  # the head
-    if "ADALORA" in peft_types and "rank_pattern" in unread:
-        unread.remove("rank_pattern")  # the tensors' shapes tell
+        raise UserError(f"{flag} {folder} is {config.get('peft_type')}, not {kinds}")
+    reads = (*reads, "modules_to_save") if hasattr(model, "score") else reads  # the head
+    parts = [key for key in UNREAD if key not in reads]
+    unread = [key for key in parts if config.get(key) not in (*EMPTY, False, "none")]
     if config.get("init_lora_weights") not in (None, True, False, "gaussian"):
         unread.append(f"init_lora_weights {config['init_lora_weights']}")  # changes the base, too
     if unread:
-        raise UserError(f"--adapter {folder} has {unread[0]}, which this script does not support")
+        raise UserError(f"{flag} {folder} has {unread[0]}, which this script does not support")
     base = metadata.get("base_fingerprint")
     if base is None:
         say(f"{folder} has no base fingerprint: assuming that --model is its base")
     elif base != fingerprint(model):
         name = config.get("base_model_name_or_path")
-        raise UserError(f"--adapter {folder} was trained on another base: {name}")
+        raise UserError(f"{flag} {folder} was trained on another base: {name}")
     tensors = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
     return config | metadata, tensors
 

@@ -87,7 +87,6 @@ and 0.93 (--seed 0, 1, 2; one CPU core, torch 2.13, 2026-11-26).
 
 import argparse
 import copy
-import json
 import math
 import runpy
 import time
@@ -97,7 +96,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -375,14 +373,9 @@ def rollout_figures(answers: list, passes: list[Pass]) -> dict[str, float]:
 def add_reward_adapter(args, model) -> tuple[torch.Tensor, float]:
     """Put an adapter of reward_model.py on the model, as the role `reward`. -> its head (1, d)
     and the offset to subtract"""
-    with safetensors.safe_open(Path(args.reward) / "adapter_model.safetensors", "pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("base_fingerprint") != common.fingerprint(model):
-        raise common.UserError(f"--reward {args.reward} is an adapter of another base, not --model")
-    config = json.loads((Path(args.reward) / "adapter_config.json").read_text(encoding="utf-8"))
+    options = {"reads": ("modules_to_save",), "flag": "--reward"}  # the head
+    config, tensors = common.load_adapter(args.reward, model, "LORA", **options)
     alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
-    tensors = safetensors.torch.load_file(Path(args.reward) / "adapter_model.safetensors")
-    tensors = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
     for name in [name for name in tensors if name.endswith("lora_A.weight")]:
         path = name.removesuffix(".lora_A.weight")
         layer = model.get_submodule(path)
@@ -393,7 +386,7 @@ def add_reward_adapter(args, model) -> tuple[torch.Tensor, float]:
         role.lora_A.weight.copy_(tensors[name])
         role.lora_B.weight.copy_(tensors[f"{path}.lora_B.weight"])
         layer.roles["reward"] = role
-    return tensors["score.weight"], float(metadata.get("reward_offset", 0.0))
+    return tensors["score.weight"], float(config.get("reward_offset", 0.0))
 
 
 def add_reward_and_critic(args, model, tokenizer, dtype, device):
