@@ -1864,12 +1864,14 @@ def evaluating(model):
         model.reshard()  # after a forward pass without a backward
 
 
+EXCHANGE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
 def stop_ids(model, tokenizer) -> list[int]:
     """Tokens that end an answer: the template's end of turn, the tokenizer's eos, the model's."""
     own = model.generation_config.eos_token_id
     stop = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, marks = tokenize(tokenizer, *render_answers(tokenizer, turns, None, [1])[0])
+    ids, marks = tokenize(tokenizer, *render_answers(tokenizer, EXCHANGE, None, [1])[0])
     last = ids[np.flatnonzero(marks)[-1]]
     if tokenizer.convert_ids_to_tokens(last) in special_tokens(tokenizer):
         stop = [last, *stop]

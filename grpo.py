@@ -374,8 +374,8 @@ def model_reward(classifier, weight, offset, args, model, tokenizer, device):
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise common.UserError(f"--reward {args.reward} has another tokenizer than --model")
     weight, stop = weight.detach().float().to(device), common.stop_ids(model, tokenizer)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, marks = common.encode_answers(tokenizer, turns[:1], turns[1:], None, whole=True)[0]
+    question, answer = common.EXCHANGE
+    ids, marks = common.encode_answers(tokenizer, [question], [answer], None, whole=True)[0]
     ends = [n for n in np.flatnonzero(marks) if ids[n] in stop]
     ending = ids[ends[0] :] if ends else []  # the end of turn, and what the template adds to it
 

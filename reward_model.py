@@ -170,8 +170,7 @@ def check_packing(model, args, device, exact: bool) -> None:
 
 def choose_pad_token(args, tokenizer) -> None:
     """A pad token that no text ends with: transformers reads the reward before the padding."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    used = {*tokenizer.apply_chat_template(turns, return_dict=False)}
+    used = {*tokenizer.apply_chat_template(common.EXCHANGE, return_dict=False)}
     used |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if tokenizer.pad_token_id in used:
         added = tokenizer.added_tokens_decoder.items()
