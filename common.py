@@ -9,7 +9,6 @@
     7. Log-probabilities    of target tokens, without all logits in memory
     8. Saving               adapted layers, PEFT adapters, Hugging Face folders
     9. The run              learning rate, answers, metrics, signals, checkpoints
-    10. Chat                a conversation with a model, or answers to lines
 
 Nothing here knows a fine-tuning method: layers, losses and training loops are in the scripts.
 """
@@ -19,7 +18,6 @@ import csv
 import functools
 import gzip
 import hashlib
-import heapq
 import inspect
 import io
 import itertools
@@ -37,6 +35,7 @@ import time
 import types
 import unicodedata
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -123,8 +122,7 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--overwrite", action="store_true", help="replace the run in --output")
     if chat:
         add = parser.add_argument_group("chat").add_argument
-        how = "chat with --model and --adapter; without a terminal, answer each line of stdin"
-        add("--chat", action="store_true", help=how)
+        add("--chat", action="store_true", help="answer prompts: one per line of standard input")
         add("--chat-tokens", type=int, default=512, help="maximum tokens of an answer")
         add("--chat-temperature", type=float, default=0.0, help="of sampling; 0: greedy")
     return parser
@@ -141,8 +139,8 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
         raise UserError("--inspect needs --data")
     if args.merge_only and not (args.model and args.adapter):
         raise UserError("--merge-only needs --model (the base) and --adapter")
-    if args.chat and (not args.model or args.inspect or RANKS > 1):
-        raise UserError("--chat needs --model and one process, and excludes --inspect")
+    if args.chat and (not args.model or RANKS > 1):
+        raise UserError("--chat needs --model and one process")
     if args.inspect or args.merge_only or args.chat or args.model and args.data:
         return args
     if args.model or args.data:
@@ -190,14 +188,12 @@ def open_source(name: str):
     """A file, a folder or a Hub data set -> (a hash of its content, its rows as (place, row))."""
     path, (hub, *rest) = Path(name), name.split("@")
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    files = [file for file in files if suffix_of(file) in SUFFIXES]
-    if files:
-        digests = []
+    if files := [file for file in files if suffix_of(file) in SUFFIXES]:
+        hashes = []
         for file in files:
             with open(file, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            digests.append((str(file), digest))
-        return digests, (row for file in files for row in read_file(file))
+                hashes.append((str(file), hashlib.file_digest(content, "sha256").hexdigest()))
+        return hashes, (row for file in files for row in read_file(file))
     if path.exists() or suffix_of(path) in SUFFIXES or name[:1] in "./~":
         raise UserError(f"--data {name}: no {', '.join(SUFFIXES)} file, or folder of such files")
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
@@ -211,9 +207,10 @@ def open_source(name: str):
 
 
 def read_file(path: Path):
-    """Yield (place, row); in place of a line that is not JSON, a ValueError."""
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-        kind, start = suffix_of(path), file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \r\n\t")
+    """Yield (place, row). A row is a dictionary, or a line of JSON."""
+    kind, opener = suffix_of(path), gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as file:
+        rows, start = file, file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \r\n\t")
         if kind == ".parquet":
             batches = pyarrow.parquet.ParquetFile(file).iter_batches()
             rows = (drop_nulls(row) for batch in batches for row in batch.to_pylist())
@@ -222,17 +219,10 @@ def read_file(path: Path):
             rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
         elif kind == ".json" and start.startswith(b"["):
             rows = json.load(file)
-        else:
-            for n, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    row = ValueError(f"{error}: give a JSON list, or one object per line")
-                if row is not None:
-                    yield f"{path}:{n}", row
-            return
+        separator = ":" if rows is file else ": row "
         for n, row in enumerate(rows, 1):
-            yield f"{path}: row {n}", row
+            if not isinstance(row, bytes) or row.strip():
+                yield f"{path}{separator}{n}", row
 
 
 def drop_nulls(value):
@@ -242,18 +232,17 @@ def drop_nulls(value):
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-# A row is a dictionary from here on, and what is wrong with it is a ValueError.
+# What is wrong with a row is a ValueError from here on.
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
+MESSAGES = ("messages", "conversations")
 PROMPTS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "response", "output", "answer")
 INPUTS = ("input", "context")  # Alpaca's, Dolly's: a second part of the prompt
-LAYOUTS = ("messages", "conversations"), PROMPTS, ANSWERS, ("text",)  # names of a row's parts
-# Fields that change what a row means: one that is there and is not used is an error. SAID: what a
-# message says.
-SAID = ("content", "reasoning_content", "thinking", "tool_calls")
+SAID = ("content", "reasoning_content", "thinking", "tool_calls")  # what a message says
+# Fields that change what a row means: one that is there and is not used is an error.
 MEANINGFUL = """system tools functions history input context documents weight label chosen rejected
 rejected_response responses images image videos audios function_call reasoning""".split()
 EMPTY = (None, "", [], {})
@@ -261,7 +250,10 @@ EMPTY = (None, "", [], {})
 
 def check_unused(left: dict, fields) -> None:
     if unused := [key for key in fields if left.get(key) not in EMPTY]:
-        raise ValueError(f"field {unused[0]!r} would be ignored. Rename or remove it")
+        raise ValueError(
+            f"field {unused[0]!r} would be ignored: rename or remove it, or convert the rows "
+            "with examples/prepare_data.py"
+        )
 
 
 def to_message(message, role: str | None = None) -> dict:
@@ -275,9 +267,11 @@ def to_message(message, role: str | None = None) -> dict:
     if str(message.get("role")).lower() not in ROLES:
         raise ValueError(f"unknown role {message.get('role')!r} (known: {', '.join(ROLES)})")
     message["role"] = ROLES[message["role"].lower()]
-    if message.get("tool_calls") not in EMPTY:
-        message["tool_calls"] = [parse_arguments(call) for call in message["tool_calls"]]
+    if calls := message.get("tool_calls"):
         message["content"] = message.get("content") or ""
+        for function in (call.get("function") or call for call in calls):
+            if isinstance(function.get("arguments"), str):  # templates would quote it twice
+                function["arguments"] = json.loads(function["arguments"])
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(p, dict) and "text" in p for p in content):
         content = message["content"] = "".join(part["text"] for part in content)
@@ -287,17 +281,12 @@ def to_message(message, role: str | None = None) -> dict:
     return message
 
 
-def parse_arguments(call: dict) -> dict:
-    """Arguments of a tool call as an object: templates would quote a JSON string twice."""
-    function = dict(call.get("function") or call)
-    if isinstance(function.get("arguments"), str):
-        function["arguments"] = json.loads(function["arguments"])
-    return call | {"function": function} if "function" in call else function
-
-
 def take_messages(left: dict, field: str, role: str) -> list[dict]:
     """Take a field out of a row -> messages. A string is one message of the role."""
     value = left.pop(field)
+    if isinstance(value, str) and value.startswith("\n\nHuman:"):  # Anthropic's HH
+        _, *parts = re.split(r"\n\n(Human|Assistant):", value)
+        value = [{"from": who, "value": text.strip()} for who, text in zip(*[iter(parts)] * 2)]
     if not isinstance(value, (str, dict, list)) or value == []:
         raise ValueError(f"field {field!r} is {str(value):.40}, not text or a list of messages")
     return [to_message(item, role) for item in (value if isinstance(value, list) else [value])]
@@ -317,94 +306,79 @@ def take_prompt(left: dict, field: str) -> list[dict]:
     return [to_message(text, role) for pair in history for text, role in zip(pair, roles)] + turns
 
 
-def take_fields(row) -> dict:
-    """A copy of a row, from which fields are taken out as they are used."""
-    if isinstance(row, ValueError):
-        raise row
+def take_answers(left: dict, turns: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Take the answers of a preference out of a row. They may be whole conversations that part in
+    their last turn. -> (turns before the answers, answers, best first)"""
+    fields = ["chosen", "rejected"]
+    if "responses" in left:
+        answers = left.pop("responses")
+        fields = [f"responses[{n}]" for n in range(len(answers))]
+        left |= dict(zip(fields, answers))
+    answers = [take_messages(left, field, "assistant") for field in fields]
+    context = answers[0][:-1]
+    if any(answer[:-1] != context for answer in answers):
+        raise ValueError("the answers must have the same turns before their last one")
+    if turns and context and context[-len(turns) :] != turns:
+        raise ValueError("the turns before the answers differ from the prompt")
+    if not (context or turns) or any(answer[-1]["role"] != "assistant" for answer in answers):
+        raise ValueError("a preference needs a prompt and answers by the assistant")
+    return context or turns, [answer[-1] for answer in answers]
+
+
+def load_row(row) -> dict:
+    """A row of a table, or a line of JSON -> a dictionary of its own."""
+    try:
+        row = json.loads(row) if isinstance(row, bytes) else row
+    except ValueError as error:
+        raise ValueError(f"{error}: give a JSON list, or one object per line") from error
     if not isinstance(row, dict) or None in row:
         raise ValueError(f"a row is an object with a value for every field, not {str(row):.40}")
     return dict(row)
 
 
-def take_system_and_tools(left: dict, turns: list[dict]) -> tuple[list[dict], list | None]:
-    """-> (the turns, after the row's system turn, its tools)"""
+class Row(NamedTuple):
+    turns: list[dict] | str  # or raw text
+    answers: list[dict]  # the last turn's candidates in a preference, best first; else empty
+    tools: list | None
+    margin: float
+
+
+def parse_row(row, kind: str = "any") -> Row:
+    """A row of any of the README's layouts -> its conversation. kind: see `load_data`."""
+    left, meaningful, turns, answers = load_row(row), (*MEANINGFUL, *SAID), [], []
+    pair = "responses" in left or {"chosen", "rejected"} <= left.keys()
+    names = MESSAGES, PROMPTS, ANSWERS
+    if pair and left.get("messages") == left.get("chosen"):  # UltraFeedback has them twice
+        left.pop("messages", None)
+    messages, prompt, answer = (next((x for x in some if x in left), None) for some in names)
+    if kind == "train" and pair:
+        raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
+    if "pairs" in kind and not pair:
+        raise ValueError("no chosen and rejected, and no responses: pairs of answers are needed")
+    if messages:
+        if isinstance(left[messages], str):
+            raise ValueError(f"field {messages!r} is text, not a list of messages")
+        turns = take_messages(left, messages, "user")
+    elif prompt and (answer or pair or kind == "prompts"):
+        turns = take_prompt(left, prompt)
+        turns += take_messages(left, answer, "assistant") if answer and not pair else []
+        meaningful += PROMPTS + ANSWERS
+    elif "text" in left:
+        (message,) = take_messages(left, "text", "user")
+        check_unused(left, MEANINGFUL)
+        return Row(message["content"], [], None, 0.0)
+    elif not pair:
+        known = f"messages or conversations; prompt and answer under {PROMPTS} and {ANSWERS}; text"
+        raise ValueError(f"fields {sorted(left)} fit none of: {known}")
+    if pair:
+        turns, answers = take_answers(left, turns)
     if left.get("system") not in EMPTY and turns[0]["role"] != "system":
         turns = [*take_messages(left, "system", "system"), *turns]
     tools = left.pop("tools", None) or None
-    return turns, json.loads(tools) if isinstance(tools, str) else tools
-
-
-def parse_row(row, prompts_alone: bool = False) -> tuple[str | list[dict], list | None]:
-    """A training row of any of LAYOUTS -> (raw text or messages, tools). prompts_alone: it may
-    have no answer, or be a preference, whose best answer is taken."""
-    left = take_fields(row)
-    if prompts_alone and {"chosen", "responses"} & left.keys():
-        turns, answers, tools, _ = parse_preference(row)
-        return [*turns, answers[0]], tools
-    if {"chosen", "rejected"} <= left.keys():
-        raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
-    fields = [next((name for name in names if name in left), None) for names in LAYOUTS]
-    conversation, prompt, answer, text = fields
-    meaningful = (*MEANINGFUL, *SAID)
-    if conversation:
-        if isinstance(left[conversation], str):
-            raise ValueError(f"field {conversation!r} is text, not a list of messages")
-        turns = take_messages(left, conversation, "user")
-    elif prompt and (answer or prompts_alone):
-        turns = take_prompt(left, prompt)
-        turns += take_messages(left, answer, "assistant") if answer else []
-        meaningful += PROMPTS + ANSWERS
-    elif text:
-        (message,) = take_messages(left, text, "user")
-        check_unused(left, MEANINGFUL)
-        return message["content"], None
-    else:
-        known = f"messages or conversations; prompt and answer under {PROMPTS} and {ANSWERS}; text"
-        raise ValueError(f"fields {sorted(left)} fit none of: {known}")
-    turns, tools = take_system_and_tools(left, turns)
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    margin = float(left.pop("margin", None) or 0.0) if pair else 0.0
     check_unused(left, meaningful)
-    return turns, tools
-
-
-def take_answer(left: dict, field) -> list[dict]:
-    """Take an answer, or a conversation that ends with one, out of a row -> messages."""
-    if isinstance(left[field], str) and left[field].startswith("\n\nHuman:"):  # Anthropic's HH
-        _, *parts = re.split(r"\n\n(Human|Assistant):", left[field])
-        turns = [{"from": who, "value": text.strip()} for who, text in zip(*[iter(parts)] * 2)]
-        left |= {field: turns}
-    return take_messages(left, field, "assistant")
-
-
-def parse_preference(row) -> tuple[list[dict], list[dict], list | None, float]:
-    """A prompt and its answers, or whole conversations that part in their last turn
-    -> (prompt, answers, best first, tools, margin)."""
-    left = take_fields(row)
-    if {"messages", "rejected_response"} <= left.keys():  # ms-swift
-        *left["prompt"], left["chosen"] = left.pop("messages")
-        left["rejected"] = left.pop("rejected_response")
-    if "responses" in left:
-        ranked = dict(enumerate(left.pop("responses")))
-        answers = [take_answer(ranked, n) for n in [*ranked]]
-    elif {"chosen", "rejected"} <= left.keys():
-        if left.get("messages") == left["chosen"]:  # UltraFeedback has them twice
-            left.pop("messages", None)
-        answers = [take_answer(left, key) for key in ("chosen", "rejected")]
-    else:
-        raise ValueError("no chosen and rejected, and no responses: pairs of answers are needed")
-    field = next((key for key in (*PROMPTS, *LAYOUTS[0]) if key in left), None)
-    prompt, context = take_prompt(left, field) if field else [], answers[0][:-1]
-    if any(answer[:-1] != context for answer in answers):
-        raise ValueError("the answers must have the same turns before their last one")
-    if prompt and context and context[-len(prompt) :] != prompt:
-        raise ValueError(f"the turns before the answers differ from those of {field!r}")
-    if not (context or prompt) or any(answer[-1]["role"] != "assistant" for answer in answers):
-        raise ValueError("a preference needs a prompt and answers by the assistant")
-    turns, tools = take_system_and_tools(left, context or prompt)
-    margin = left.pop("margin", None) or 0.0
-    if not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise ValueError(f"field 'margin' is {margin!r:.40}, not a number")
-    check_unused(left, (*MEANINGFUL, *SAID, *PROMPTS, *ANSWERS, *LAYOUTS[0]))
-    return turns, [answer[-1] for answer in answers], tools, float(margin)
+    return Row(turns, answers, tools, margin)
 
 
 # --------------------------------------------------------------------------------- 3. Tokens
@@ -463,6 +437,27 @@ def end_of_turn(tokenizer, text: str, start: int) -> int:
     return end
 
 
+def plain(text) -> str:
+    """For comparing texts that a template or a tokenizer may have normalised."""
+    return re.sub(r"\s", "", unicodedata.normalize("NFC", str(text)))
+
+
+def check_written(text: str, said: list[tuple[str, str]]) -> None:
+    """Templates drop what they do not know, such as tools, or reasoning of earlier turns."""
+    written = plain(text)
+    for field, part in said:
+        # a generation prompt may open the thinking block
+        if plain(part).removeprefix("<think>") not in written:
+            raise ValueError(f"the chat template does not write {field!r} {part!r:.40}")
+
+
+def said_in(turn: dict) -> list[tuple[str, str]]:
+    """(field, text) of what a message says."""
+    calls = [call.get("function") or call for call in turn.get("tool_calls") or []]
+    texts = [(key, turn[key]) for key in SAID[:3] if turn.get(key)]
+    return texts + [("tool_calls", call["name"]) for call in calls]
+
+
 def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> list[tuple]:
     """A conversation -> [(text, character spans of targets)]. Targets are the messages at the
     positions `answers`. An answer has a text of its own if the template writes earlier turns
@@ -478,45 +473,28 @@ def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> l
                 raise ValueError("the chat template changes the prompt when the answer is added")
         span = start, end_of_turn(tokenizer, text, start)
         text, spans = text[: span[1]], [span]
+        check_written(text[start:], said_in(turns[i]))
         if texts and text.startswith(texts[-1][0]):
             spans = texts.pop()[1] + spans
         texts.append((text, spans))
         if len(texts) > 64:  # each repeats all turns before it
             raise ValueError("the chat template rewrites earlier turns: at most 64 answers per row")
+    said = [("tools", (tool.get("function") or tool)["name"]) for tool in tools or []]
+    said += [x for turn in turns if turn["role"] in ("system", "user") for x in said_in(turn)]
+    check_written("".join(text for text, _ in texts), said)
     return texts
 
 
-def tokenize(tokenizer, text: str, spans: list[tuple], **options) -> tuple[list, np.ndarray]:
-    """-> (ids, is_target). Targets are found by position, never by token id: pad, eos and the
-    end of turn are often one id."""
-    out = tokenizer(text, return_offsets_mapping=True, **options)
+def tokenize(tokenizer, text: str, spans: list[tuple] = ()) -> tuple[list, np.ndarray]:
+    """A rendered conversation -> (ids, is_target). Targets are found by position, never by token
+    id: pad, eos and the end of turn are often one id."""
+    joined = tokenizer.chat_template == JOINED  # no template has written special tokens
+    out = tokenizer(text, return_offsets_mapping=True, add_special_tokens=joined)
     starts, ends = np.array(out["offset_mapping"]).T
     is_target = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
         is_target |= (starts < end) & (ends > start)
     return out["input_ids"], is_target
-
-
-def plain(text) -> str:
-    """For comparing texts that a template or a tokenizer may have normalised."""
-    return re.sub(r"\s", "", unicodedata.normalize("NFC", str(text)))
-
-
-def check_written(tokenizer, encoded: list, turns: list[dict], answers: list[int], tools) -> None:
-    """What the answers say must be in the targets; system and user turns and tools, in the text."""
-    targets = plain("".join(tokenizer.decode(np.array(ids)[marks]) for ids, marks in encoded))
-    text = plain("".join(tokenizer.decode(ids) for ids, _ in encoded))
-    names = [(tool.get("function") or tool)["name"] for tool in tools or []]
-    said = [("tools", name, text) for name in names]
-    for i, turn in enumerate(turns):
-        if i in answers or turn["role"] in ("system", "user"):
-            calls = [call.get("function") or call for call in turn.get("tool_calls") or []]
-            parts = [(key, turn.get(key) or "") for key in SAID[:3]]
-            parts += [("tool_calls", call["name"]) for call in calls]
-            said += [(key, part, targets if i in answers else text) for key, part in parts]
-    for key, part, where in said:  # a generation prompt may open the thinking block
-        if plain(part).removeprefix("<think>") not in where:
-            raise ValueError(f"the chat template does not write {key!r} {part!r:.40}")
 
 
 def complete_turns(turns: list[dict], settings: dict) -> list[dict]:
@@ -537,87 +515,25 @@ def complete_turns(turns: list[dict], settings: dict) -> list[dict]:
     return merged
 
 
-def encode_conversation(tokenizer, turns: list[dict], tools) -> list[tuple]:
+def encode_conversation(tokenizer, turns: list[dict], tools=None) -> list[tuple]:
     """-> documents as (ids, is_target); none where no answer is a target, or one is empty."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
     if any(turns[i].get("weight") not in (None, 0, 1) for i in answers):
         raise ValueError("the weight of a message must be 0 (context) or 1 (target)")
     answers = [i for i in answers if turns[i].get("weight") != 0]
-    empty = [i for i in answers if not any(plain(turns[i].get(key) or "") for key in SAID)]
-    if not answers or empty:
+    if not answers or any(not "".join(x for _, x in said_in(turns[i])).strip() for i in answers):
         return []
     turns = turns[: answers[-1] + 1]  # what follows the last answer teaches nothing
-    texts = render_answers(tokenizer, turns, tools, answers)
-    joined = tokenizer.chat_template == JOINED  # no template has written special tokens
-    encoded = [tokenize(tokenizer, *text, add_special_tokens=joined) for text in texts]
-    check_written(tokenizer, encoded, turns, answers, tools)
-    return encoded
-
-
-EXAMPLE = {  # the columns of a data set
-    "input_ids": datasets.List(datasets.Value("int32")),
-    "is_target": datasets.List(datasets.Value("bool")),
-    "prompt": datasets.Value("int64"),  # a hash: examples with the same prompt share it
-    "digest": datasets.Value("int64"),  # a hash of ids and targets
-    "note": datasets.Value("string"),  # "" or "cut"; else why there are no tokens
-    "source": datasets.Value("int32"),  # which of --data and --eval-data
-}
-
-
-def make_example(prompt=(), ids=(), marks=(), note: str = "") -> dict:
-    hashes = hash(tuple(prompt)), hash((*ids, *marks))  # of integers: the same in every process
-    return dict(zip(EXAMPLE, (list(ids), list(marks), *hashes, note)))
-
-
-def encode_row(row, tokenizer, settings: dict) -> list[dict]:
-    """The examples of a row, or one without tokens whose note says why."""
-    turns, tools = parse_row(row, settings["prompts_alone"])
-    limit, eos = settings["max_length"], tokenizer.eos_token_id
-    if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
-        ids = tokenizer(turns).input_ids if turns.strip() else [eos]
-        prompt = ids = ids if ids[-1] == eos else [*ids, eos]
-        pieces = [ids[first : first + limit] for first in range(0, len(ids), limit)]
-        encoded = [(piece, np.ones(len(piece), dtype=bool)) for piece in pieces]
-    else:
-        turns = complete_turns(turns, settings)
-        if settings["prompts_alone"] and turns[-1]["role"] != "assistant":
-            ids = encode_prompt(tokenizer, turns, tools)
-            note = "" if len(ids) <= limit else "no target"
-            return [make_example(ids, ids, np.zeros(len(ids), dtype=bool), note)]
-        encoded = encode_conversation(tokenizer, turns, tools)
-        prompt = encoded[0][0][: encoded[0][1].argmax()] if encoded else []
-    examples = []
-    for ids, marks in encoded:
-        check_vocabulary(ids, tokenizer, settings)
-        note = "cut" if len(ids) > limit else ""
-        marks = (marks | (settings["loss_on"] == "all"))[:limit]
-        marks[0] = False  # nothing predicts a first token
-        if marks.any():
-            examples.append(make_example(prompt, ids[:limit], marks, note))
-    return examples or [make_example(note="no target")]
+    return [tokenize(tokenizer, *text) for text in render_answers(tokenizer, turns, tools, answers)]
 
 
 def encode_prompt(tokenizer, turns: list[dict], tools=None) -> list[int]:
     """Turns, and what the template writes before an answer to them."""
     options = {"tokenize": False, "add_generation_prompt": True}
-    text = tokenizer.apply_chat_template(turns, tools=tools, **options)
-    return tokenizer(text, add_special_tokens=tokenizer.chat_template == JOINED).input_ids
+    return tokenize(tokenizer, tokenizer.apply_chat_template(turns, tools, **options))[0]
 
 
-def check_vocabulary(ids: list, tokenizer, settings: dict) -> None:
-    if max(ids) >= settings["vocab_size"]:
-        token = tokenizer.convert_ids_to_tokens(max(ids))
-        problem = f"token {token!r} is outside the vocabulary of {settings['vocab_size']}"
-        raise ValueError(f"{problem}: lora.py and sft.py can add tokens")
-
-
-PREFERENCE = EXAMPLE | {  # the columns of a data set of prompts, each with its answers
-    "stretches": datasets.List(datasets.Value("int32")),  # lengths: the prompt, its answers
-    "margin": datasets.Value("float32"),
-}
-
-
-def encode_answers(tokenizer, turns, answers, tools, whole: bool) -> list[tuple]:
+def encode_answers(tokenizer, turns, answers, tools=None, whole: bool = False) -> list[tuple]:
     """A prompt with each of its answers as (ids, is_target); none where an answer is empty.
     whole: with what the template writes after the end of turn, all of it a target."""
     context = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
@@ -626,8 +542,7 @@ def encode_answers(tokenizer, turns, answers, tools, whole: bool) -> list[tuple]
         for ids, marks in encode_conversation(tokenizer, [*context, answer], tools):
             if whole:
                 text = tokenizer.apply_chat_template([*turns, answer], tools, tokenize=False)
-                joined = tokenizer.chat_template == JOINED
-                ids, _ = tokenize(tokenizer, text, [], add_special_tokens=joined)
+                ids, _ = tokenize(tokenizer, text)
                 marks = np.arange(len(ids)) >= marks.argmax()
             encoded.append((ids, marks))
     return encoded if len(encoded) == len(answers) else []
@@ -645,24 +560,57 @@ def share_prompt(encoded: list[tuple], limit: int) -> tuple[list, np.ndarray, li
     return sum(ids, []), np.concatenate(marks), list(map(len, ids))
 
 
-def encode_preference(row, tokenizer, settings: dict) -> list[dict]:
-    """A prompt with its answers as one example, or one without tokens whose note says why."""
-    turns, answers, tools, margin = parse_preference(row)
-    turns = complete_turns(turns, settings)
-    limit, different = settings["max_length"], {}
-    encoded = encode_answers(tokenizer, turns, answers, tools, settings["whole"])
-    for ids, marks in encoded:
-        check_vocabulary(ids, tokenizer, settings)
-        different.setdefault(tuple(ids[:limit]), (ids, marks))
-    if len(different) < 2 or not all(marks[:limit].any() for _, marks in encoded):
-        return [make_example(note="no target")]
-    ids, marks, stretches = share_prompt([*different.values()], limit)
-    prompt = ids[: stretches[0]]
-    marks[: len(prompt)] = settings["loss_on"] == "all"
-    marks[0] = False  # nothing predicts a first token
-    note = "cut" if max(len(ids) for ids, _ in encoded) > limit else ""
-    more = {"stretches": stretches, "margin": margin}
-    return [make_example(prompt, ids, marks, note) | more]
+COLUMNS = {  # of a data set of examples
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "is_target": datasets.List(datasets.Value("bool")),
+    "stretches": datasets.List(datasets.Value("int32")),  # lengths: a text, or prompt and answers
+    "margin": datasets.Value("float32"),  # of a preference
+    "prompt": datasets.Value("int64"),  # a hash: examples with the same prompt share it
+    "digest": datasets.Value("int64"),  # a hash of ids and targets
+    "note": datasets.Value("string"),  # "" or "cut"; else why there are no tokens
+    "source": datasets.Value("int32"),  # which of --data and --eval-data
+}
+
+
+def encode_row(row, tokenizer, kind: str, settings: dict) -> list[dict]:
+    """The examples of a row; none if it has no target. kind: see `load_data`."""
+    turns, answers, tools, margin = parse_row(row, kind)
+    limit, eos, cut, parts = settings["max_length"], tokenizer.eos_token_id, False, []
+    if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
+        ids = tokenizer(turns).input_ids if turns.strip() else [eos]
+        prompt = ids = ids if ids[-1] == eos else [*ids, eos]
+        pieces = [ids[first : first + limit] for first in range(0, len(ids), limit)]
+        parts = [(piece, np.ones(len(piece), dtype=bool), [len(piece)]) for piece in pieces]
+    elif "pairs" in kind:
+        turns, different = complete_turns(turns, settings), {}
+        encoded = encode_answers(tokenizer, turns, answers, tools, kind == "whole pairs")
+        for ids, marks in encoded:
+            different.setdefault(tuple(ids[:limit]), (ids, marks))
+            cut |= len(ids) > limit
+        if len(different) > 1 and all(marks[:limit].any() for _, marks in encoded):
+            parts = [share_prompt([*different.values()], limit)]
+        prompt = parts[0][0][: parts[0][2][0]] if parts else []
+    else:
+        turns = complete_turns(turns + answers[:1], settings)
+        if kind == "prompts" and turns[-1]["role"] != "assistant":
+            prompt = encode_prompt(tokenizer, turns, tools)
+            encoded = [(prompt, np.zeros(len(prompt), dtype=bool))] * (len(prompt) <= limit)
+        else:
+            encoded = encode_conversation(tokenizer, turns, tools)
+            prompt = encoded[0][0][: encoded[0][1].argmax()] if encoded else []
+        cut = any(len(ids) > limit for ids, _ in encoded)
+        parts = [(ids[:limit], marks[:limit], [len(ids[:limit])]) for ids, marks in encoded]
+    examples, shared = [], {"margin": margin, "prompt": hash(tuple(prompt)), "note": "cut" * cut}
+    for ids, marks, stretches in parts:
+        if max(ids) >= settings["vocab_size"]:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(f"the model has no token {token!r}: lora.py and sft.py can add it")
+        marks[: stretches[0]] |= settings["loss_on"] == "all"
+        marks[0] = False  # nothing predicts a first token
+        if marks.any() or (kind == "prompts" and ids == prompt):
+            lists = {"input_ids": ids, "is_target": marks, "stretches": stretches}
+            examples.append(shared | lists | {"digest": hash((*ids, *marks))})
+    return examples
 
 
 def parse_source(text: str) -> tuple[str, float]:
@@ -673,32 +621,29 @@ def parse_source(text: str) -> tuple[str, float]:
     return path, float(weight or 1)
 
 
-def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Dataset:
+def tokenize_sources(names: list[str], tokenizer, kind: str, settings: dict) -> datasets.Dataset:
     """All examples and notes. `datasets` keeps them in its cache, under a key of the content, the
     tokenizer and the settings."""
     sources = [open_source(name) for name in names]
-    columns = PREFERENCE if settings["pairs"] else EXAMPLE
-    encode = encode_preference if settings["pairs"] else encode_row
 
     def generate():
         for number, (_, rows) in enumerate(sources):
             for place, row in rows:
                 try:
-                    examples = encode(row, tokenizer, settings)
+                    examples = encode_row(row, tokenizer, kind, settings)
                 except Exception as error:  # what can be wrong with a row is open-ended
                     reason = str(error or repr(error)).splitlines()[0]
-                    with suppress(Exception):
-                        encode(row, tokenizer, settings | {"merge_system": True})
-                        reason += " (it can be used with --merge-system)"
-                    examples = [make_example(note=f"{place}: {reason}")]
-                for example in examples:
-                    yield dict.fromkeys(columns) | example | {"source": number}
+                    if type(error).__name__ == "TemplateError":  # raised by the template
+                        reason += " (--merge-system may help)"
+                    examples = [{"note": f"{place}: {reason}"}]
+                for example in examples or [{"note": "no target"}]:
+                    yield dict.fromkeys(COLUMNS) | example | {"source": number}
 
-    state = [[content for content, _ in sources], settings, tokenizer.chat_template]
+    state = [[content for content, _ in sources], kind, settings, tokenizer.chat_template]
     state += [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)]
     state += [Path(__file__).read_text(encoding="utf-8")]
-    options = {"features": datasets.Features(columns)}
-    options["fingerprint"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    options = {"features": datasets.Features(COLUMNS), "fingerprint": key}
     try:
         return datasets.Dataset.from_generator(generate, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
@@ -706,9 +651,12 @@ def tokenize_sources(names: list[str], tokenizer, settings: dict) -> datasets.Da
         raise UserError(f"--data {' '.join(names)}: {problem}") from error
 
 
-def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
-    """-> (training examples, held-out examples or None), with the columns of EXAMPLE, or, with
-    pairs, of PREFERENCE. whole: see encode_answers. prompts_alone: rows may have no answer."""
+def load_data(args, tokenizer, kind: str = "train"):
+    """-> (training examples, held-out examples or None), with the columns of COLUMNS.
+
+    kind: "train"; "prompts", which may have no answer; "pairs", a prompt with its answers; "whole
+    pairs": see `encode_answers`.
+    """
     if args.chat:
         return None, None
     config = pretrained(transformers.AutoConfig, args.model or EXAMPLES / "tiny").get_text_config()
@@ -716,17 +664,16 @@ def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     longest -= getattr(args, "virtual_tokens", 0)  # they take positions
     if args.max_length and args.max_length > longest:
         raise UserError(f"--max-length {args.max_length}: this model has {longest} positions")
-    settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
     grown = len(tokenizer) if hasattr(args, "add_tokens") else 0
+    settings = {"max_length": args.max_length or min(2048, longest), "system": args.system}
     settings |= {"vocab_size": max(grown, config.vocab_size), "merge_system": args.merge_system}
     settings |= {"loss_on": getattr(args, "loss_on", "answers")}
-    settings |= {"pairs": pairs, "whole": whole, "prompts_alone": prompts_alone}
     share = re.fullmatch(r"0|0?\.\d+", " ".join(args.eval_data)) and float(args.eval_data[0])
     names = [parse_source(text)[0] for text in args.data]
     names += args.eval_data if share is None else []
     if RANK > 0:
         dist.barrier()  # rank 0 tokenises, the others read its cache
-    table = tokenize_sources(names, tokenizer, settings).with_format("numpy")
+    table = tokenize_sources(names, tokenizer, kind, settings).with_format("numpy")
     if RANK == 0 and RANKS > 1:
         dist.barrier()
     notes = table["note"][:]
@@ -735,10 +682,9 @@ def load_data(args, tokenizer, pairs=False, whole=False, prompts_alone=False):
     if len(bad) and not args.skip_bad_rows:
         few = [f"{len(bad)} rows cannot be used (--skip-bad-rows drops them)"] * (len(bad) > 1)
         raise UserError("\n".join([*few, *bad[:5]]))
-    cut, lost = (notes == "cut").sum(), no_target.sum()
-    without = "two different answers" if pairs else "a target or an answer"
-    say(f"{usable.sum():,} examples, {cut:,} of them cut at --max-length; dropped: {lost:,} "
-        f"without {without}, {len(bad):,} bad rows")  # fmt: skip
+    without = "two different answers" if "pairs" in kind else "a target or an answer"
+    say(f"{usable.sum():,} examples, {(notes == 'cut').sum():,} of them cut at --max-length; "
+        f"dropped: {no_target.sum():,} without {without}, {len(bad):,} bad rows")  # fmt: skip
     table = table.select(np.flatnonzero(usable))
     held_out = table["source"][:] >= len(args.data)
     if share:  # whole prompts, until the share is reached
@@ -804,23 +750,24 @@ def plan_passes(lengths: list[int], args) -> list[list[int]]:
     most = -(-len(lengths) // RANKS) * RANKS  # an example a pass
     least = min(most, math.ceil(sum(lengths) / (limit * RANKS)) * RANKS)
     for count in range(least, most + 1, RANKS):
-        heap = [(0, n) for n in range(count)]  # (tokens, pass)
-        passes = [[] for _ in range(count)]
+        passes, tokens = [[] for _ in range(count)], [0] * count
         for i in longest_first:
-            tokens, n = heapq.heappop(heap)
+            n = tokens.index(min(tokens))
             passes[n].append(i)
-            heapq.heappush(heap, (tokens + lengths[i], n))
-        if count == most or all(tokens <= limit or len(passes[n]) == 1 for tokens, n in heap):
-            return [sorted(members) for members in passes]
+            tokens[n] += lengths[i]
+        if all(size <= limit or len(p) == 1 for size, p in zip(tokens, passes)):
+            break
+    return [sorted(members) for members in passes]
 
 
 def micro_batches(examples: dict, args, device) -> list[dict]:
     """Columns of examples -> this rank's forward passes, each what `target_logps` takes. All
     ranks run equally many: where examples run out, a pass without targets. A pass of prompts with
     answers also has its `examples`."""
-    lengths = list(map(len, examples["input_ids"]))
-    if args.no_packing and "stretches" in examples:  # a row for every answer
-        lengths = [(len(x) - 1) * (x[0] + max(x[1:])) for x in examples["stretches"]]
+    lengths, stretches = list(map(len, examples["input_ids"])), examples.get("stretches", ())
+    shared = any(len(x) > 1 for x in stretches)
+    if args.no_packing and shared:  # a row for every answer
+        lengths = [(len(x) - 1) * (x[0] + max(x[1:])) for x in stretches]
     batches = []
     for members in plan_passes(lengths, args)[RANK::RANKS]:
         chosen = members or [int(np.argmin(lengths))]
@@ -828,9 +775,7 @@ def micro_batches(examples: dict, args, device) -> list[dict]:
         batch = collate(chosen, args.no_packing, device)
         if not members:
             batch |= {name: batch[name][:0] for name in ("targets", "target_index")}
-        if "stretches" in examples:
-            batch["examples"] = chosen[: len(members)]
-        batches.append(batch)
+        batches.append(batch | ({"examples": chosen[: len(members)]} if shared else {}))
     return batches
 
 
@@ -843,27 +788,24 @@ class Stretches(NamedTuple):
     query_ends: torch.Tensor  # (S + 1,) int32: 0 and the cumulative lengths
     key_ends: torch.Tensor  # (S + 1,) int32: the same, of each stretch with what it reads
     key_index: torch.Tensor | None  # (K,) the keys of each stretch; None if none reads another
-    longest: tuple[int, int]  # queries and keys of one stretch
+    longest: tuple[int, int]  # query and key lengths
 
 
 def collate(examples: list[dict], padded: bool, device) -> dict:
-    """Examples -> one forward pass.
+    """Examples -> the inputs of `target_logps`, targets and their positions.
 
-    targets (N,): the tokens to predict. target_index (N,): where in the flattened (B * T,) each
-    is predicted, the position before its own; for an answer's first token, its prompt's last.
-    Packed: input_ids, position_ids (1, T) and stretches. An example is one, or with `stretches`,
-    their lengths, a prompt and answers that read it: their positions continue the prompt's.
+    Packed end to end: input_ids, position_ids (1, T) and stretches. Of an example's stretches, the
+    first is a prompt, which the others read: their positions continue the prompt's.
     Padded on the right: input_ids, attention_mask (B, T), a row for every answer with its prompt.
-    Targets are in the same order.
     """
 
-    def to_tensor(array):  # on CUDA the host does not wait for the copy
+    def to_device(array):  # on CUDA the host does not wait for the copy
         tensor = torch.from_numpy(array)
         tensor = tensor.pin_memory() if device.type == "cuda" else tensor
         return tensor.to(device, non_blocking=True)
 
     if padded:
-        examples = [row for x in examples for row in (unshare(x) if "stretches" in x else [x])]
+        examples = [row for example in examples for row in unshare(example)]
     ids = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
     marks = [np.asarray(example["is_target"], dtype=bool) for example in examples]
     if padded:
@@ -872,44 +814,41 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
             np.stack([np.pad(row, (0, width - len(row))) for row in rows])
             for rows in (ids, marks, [np.ones_like(row) for row in ids])
         )
-        index = np.flatnonzero(marks) - 1
-        batch = {"input_ids": ids, "attention_mask": mask, "target_index": index}
-        return {key: to_tensor(x) for key, x in (batch | {"targets": ids[marks]}).items()}
-    lengths, reads, positions = [], [], []
+        batch = {"input_ids": ids, "attention_mask": mask, "targets": ids[marks]}
+        batch["target_index"] = np.flatnonzero(marks) - 1
+        return {name: to_device(x) for name, x in batch.items()}
+    ids, marks = np.concatenate(ids), np.concatenate(marks)
+    before, positions, lengths, keys = np.arange(len(ids)) - 1, [], [], []
     for example in examples:
-        first = len(lengths)
-        for n, length in enumerate(map(int, example.get("stretches", [len(example["input_ids"])]))):
-            lengths.append(length)
-            reads.append(first if n else None)
-            positions.append(np.arange(length) + (lengths[first] if n else 0))
-    ids, marks, ends = np.concatenate(ids), np.concatenate(marks), np.cumsum(lengths)
-    before = np.arange(len(ids)) - 1
-    for n, read in enumerate(reads):
-        before[ends[n] - lengths[n]] = -1 if read is None else ends[read] - 1
+        prompt = np.arange(0)
+        for n, length in enumerate(example.get("stretches", [len(example["input_ids"])])):
+            own = np.arange(length) + sum(lengths)
+            before[own[:1]] = prompt[-1:] if n else -1  # an answer follows its prompt
+            positions.append(np.arange(length) + len(prompt))
+            keys.append(np.concatenate([prompt, own]))
+            lengths.append(int(length))
+            prompt = prompt if n else own
     batch = {"input_ids": ids[None], "position_ids": np.concatenate(positions)[None]}
     batch |= {"targets": ids[marks], "target_index": before[marks]}
-    batch = {key: to_tensor(x) for key, x in batch.items()}
-    own = np.split(np.arange(len(ids)), ends[:-1])
-    keys = [k if r is None else np.concatenate([own[r], k]) for k, r in zip(own, reads)]
     key_lengths = list(map(len, keys))
-    key_ends = np.cumsum([0, *key_lengths], dtype=np.int32)
-    index = to_tensor(np.concatenate(keys)) if any(r is not None for r in reads) else None
-    bounds = to_tensor(np.array([0, *ends], dtype=np.int32)), to_tensor(key_ends)
-    longest = max(lengths), max(key_lengths)
-    return batch | {"stretches": Stretches(lengths, key_lengths, *bounds, index, longest)}
+    ends = [to_device(np.cumsum([0, *x], dtype=np.int32)) for x in (lengths, key_lengths)]
+    index = to_device(np.concatenate(keys)) if key_lengths != lengths else None
+    stretches = Stretches(lengths, key_lengths, *ends, index, (max(lengths), max(key_lengths)))
+    return {name: to_device(x) for name, x in batch.items()} | {"stretches": stretches}
 
 
 def unshare(example: dict) -> list[dict]:
     """A prompt with its answers -> an example for every answer, with the prompt before it. The
-    prompt's own targets count in the first."""
-    edges = np.cumsum(example["stretches"])[:-1]
-    prompt, *answers = np.split(np.asarray(example["input_ids"]), edges)
-    context, *marks = np.split(np.asarray(example["is_target"], dtype=bool), edges)
+    prompt's own targets count in the first. A text stays as it is."""
+    ends = np.cumsum(example.get("stretches", ()), dtype=int)[:-1]
+    prompt, *answers = np.split(np.asarray(example["input_ids"]), ends)
+    context, *marks = np.split(np.asarray(example["is_target"], dtype=bool), ends)
     rows = []
     for ids, mark in zip(answers, marks):
-        rows.append([np.concatenate([prompt, ids]), np.concatenate([context, mark])])
+        ids, mark = np.concatenate([prompt, ids]), np.concatenate([context, mark])
+        rows.append({"input_ids": ids, "is_target": mark})
         context = np.zeros_like(context)
-    return [dict(zip(("input_ids", "is_target"), row)) for row in rows]
+    return rows or [example]
 
 
 def find_pairs(examples: list[dict], device) -> tuple[torch.Tensor, ...]:
@@ -957,10 +896,9 @@ def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None
 def inspect_examples(train_set, tokenizer, count: int = 3) -> None:
     """Print examples, a line for every stretch of context or target tokens."""
     for n in range(min(count, len(train_set))):
-        ids, marks = train_set[n]["input_ids"], train_set[n]["is_target"].astype(bool)
-        lengths = train_set[n].get("stretches", [len(ids)])
+        ids, marks, stretches = (train_set[n][x] for x in ("input_ids", "is_target", "stretches"))
         print(f"--- example {n + 1}: {len(ids)} tokens, {marks.sum()} of them targets ---")
-        edges = sorted({0, *(np.flatnonzero(np.diff(marks)) + 1), *np.cumsum(lengths)})
+        edges = sorted({0, *(np.flatnonzero(np.diff(marks)) + 1), *np.cumsum(stretches)})
         for first, last in zip(edges, edges[1:]):
             tokens = [tokenizer.decode([token]) for token in ids[first:last]]
             if "\ufffd" in "".join(tokens):  # parts of a character: the vocabulary's spelling
@@ -1460,10 +1398,9 @@ def find_targets(model, targets: str, flag: str = "--targets") -> list[str]:
         raise UserError(f"{type(model).__name__} {problem}")
     is_regex, chosen = re.search(r"[*+?|()\[\]^$\\]", targets), set()
     for name in [targets] if is_regex else map(str.strip, targets.split(",")):
-        if is_regex:
-            found = [layer for layer in layers if re.fullmatch(name, layer)]
-        else:
-            found = [x for x in layers if name == "all-linear" or f".{x}".endswith(f".{name}")]
+        pattern = name if is_regex else rf"(.*\.)?{re.escape(name)}"
+        pattern = ".*" if name == "all-linear" else pattern
+        found = [layer for layer in layers if re.fullmatch(pattern, layer)]
         if not found:
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
             raise UserError(f"{flag}: {name!r} matches no linear layer; the model has {known}")
@@ -1474,14 +1411,12 @@ def find_targets(model, targets: str, flag: str = "--targets") -> list[str]:
 def say_unreached(model) -> None:
     """Name the matrices that are in no linear layer, such as fused experts."""
     usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
-    known, sizes = set(map(id, usual)), {}
+    known, sizes = set(map(id, usual)), Counter()
     for name, p in language_part(model).named_parameters():
         if p.dim() > 1 and id(p) not in known:
-            name = ".".join(name.split(".")[-2:])
-            sizes[name] = sizes.get(name, 0) + p.numel()
+            sizes[".".join(name.split(".")[-2:])] += p.numel()
     if sizes:
-        count = f"{sum(sizes.values()):,} parameters in no nn.Linear"
-        say(f"no adapter reaches {', '.join(sizes)}: {count} (qlora.py keeps them in 16 bits)")
+        say(f"no adapter reaches {', '.join(sizes)}: {sizes.total():,} parameters in no nn.Linear")
 
 
 def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) -> None:
@@ -1508,24 +1443,22 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
 
 
 class NewRows(nn.Module):
-    """A frozen embedding or output head in which the rows of some tokens train. Ids past its end
-    are new tokens, which start at the mean row. Reading `weight` makes a copy of all V rows."""
+    """A frozen embedding or output head in which the rows of some tokens train. Reading `weight`
+    makes a copy of all V rows."""
 
     bias = property(lambda self: self.base.bias)  # of a head
 
     def __init__(self, base: nn.Module, ids: list[int]):
         super().__init__()
-        w = whole(base.weight.detach()).float()  # (V, d)
-        mean, self.size = w.mean(0), max(len(w), max(ids) + 1)
-        rows = torch.stack([w[i] if i < len(w) else mean for i in ids])
+        rows = whole(base.weight.detach())[ids].float()
         self.token_adapter = nn.ParameterDict({"trainable_tokens_delta": rows})  # PEFT's name
         self.base, self.ids = base, ids
 
     @property
     def weight(self):
-        rows, w = self.token_adapter["trainable_tokens_delta"], self.base.weight
-        w, ids = F.pad(w, (0, 0, 0, self.size - len(w))), torch.tensor(self.ids, device=w.device)
-        return w.index_copy(0, ids, rows.to(w.dtype))
+        rows, ids = self.token_adapter["trainable_tokens_delta"], torch.tensor(self.ids)
+        w = self.base.weight
+        return w.index_copy(0, ids.to(w.device), rows.to(w.dtype))
 
     def forward(self, x):
         return torch.func.functional_call(self.base, {"weight": self.weight}, (x,))
@@ -1535,17 +1468,12 @@ class NewRows(nn.Module):
         return self.base
 
 
-def add_new_rows(model, args, tokenizer, config: dict) -> dict:
-    """Train the rows of --add-tokens, of tokens that the model lacks, and those that --adapter's
-    config names. -> the field of such a config. A tied head shares the rows, and is not in it."""
+def add_new_rows(model, ids: list[int]) -> dict:
+    """Train the embeddings of these tokens, and their rows of the head. -> the field of PEFT's
+    config. A tied head shares the rows, and is not in it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied, ids = head.weight is embedding.weight, config.get("trainable_token_indices") or []
-    ids = sum(ids.values(), []) if isinstance(ids, dict) else ids
-    ids = [*ids, *tokenizer.convert_tokens_to_ids(args.add_tokens)]
-    ids = list(dict.fromkeys([*ids, *range(len(embedding.weight), len(tokenizer))]))
-    if not ids:
-        return {}
     names = [name for name, layer in model.named_modules() if layer in (embedding, head)]
+    tied = head.weight is embedding.weight
     for name in names:
         model.set_submodule(name, NewRows(model.get_submodule(name), ids))
     if tied:
@@ -1554,12 +1482,27 @@ def add_new_rows(model, args, tokenizer, config: dict) -> dict:
     return {"trainable_token_indices": dict.fromkeys(names, ids)}
 
 
+def new_tokens(args, tokenizer, config: dict) -> list[int]:
+    """Tokens that --adapter's config names, those of --add-tokens, and those the model lacks."""
+    ids = config.get("trainable_token_indices") or []
+    ids = sum(ids.values(), []) if isinstance(ids, dict) else ids
+    known = pretrained(transformers.AutoConfig, args.model).get_text_config().vocab_size
+    added = tokenizer.convert_tokens_to_ids(args.add_tokens)
+    return list(dict.fromkeys([*ids, *added, *range(known, len(tokenizer))]))
+
+
 def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     """Freeze the model and put layer(linear, rank, alpha, dropout) around every layer of
-    --targets, or as --adapter has it, with its tensors. With a tokenizer, also train the rows of
-    --add-tokens and of tokens that the model lacks. -> fields of PEFT's LoraConfig"""
-    targets, rank, alpha, tensors, flag = args.targets, args.rank, args.alpha, {}, "--targets"
-    config = {}
+    --targets, or as --adapter has it, with its tensors. With a tokenizer, `new_tokens` train too.
+    -> fields of PEFT's LoraConfig"""
+    targets, rank, alpha, flag, config, tensors = (
+        args.targets,
+        args.rank,
+        args.alpha,
+        "--targets",
+        {},
+        {},
+    )
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
         tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
@@ -1571,7 +1514,8 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     adapted = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
-    more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
+    ids = new_tokens(args, tokenizer, config) if tokenizer else []
+    more = add_new_rows(model, ids) if ids else {}
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
@@ -1613,13 +1557,13 @@ def whole(tensor):
 
 
 def fingerprint(model) -> str:
-    """A hash that identifies a base model, without new tokens: its sizes, and the first and last
-    64 rows of its input embedding in bfloat16."""
-    names = "model_type vocab_size hidden_size intermediate_size num_hidden_layers".split()
+    """A hash that identifies a base model: its sizes, and every 64th of the first 8192 rows of its
+    input embedding in bfloat16. New tokens come behind them."""
+    names = "model_type hidden_size intermediate_size num_hidden_layers".split()
     sizes = [getattr(model.config.get_text_config(), name, None) for name in names]
-    embedding = model.get_input_embeddings()
-    weight = whole(getattr(embedding, "base", embedding).weight.detach())
-    rows = torch.cat([weight[:64], weight[-64:]]).to(torch.bfloat16).cpu().view(torch.int16)
+    embedding = model.get_input_embeddings()  # perhaps NewRows
+    rows = whole(getattr(embedding, "base", embedding).weight.detach())[:8192:64]
+    rows = rows.to(torch.bfloat16).cpu().view(torch.int16)
     return hashlib.sha256(json.dumps(sizes).encode() + rows.numpy().tobytes()).hexdigest()[:32]
 
 
@@ -1694,9 +1638,7 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
         save_tokenizer(model, tokenizer, folder)
         add_old_names(folder)
 
-    write_result(Path(args.output), write)
-    say(f"the adapter is in {args.output}")
-    say_how_to_chat(args, model, "--model", args.model, "--adapter", args.output)
+    write_result(args, write, "adapter", "--model", args.model, "--adapter", args.output)
 
 
 def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = None) -> None:
@@ -1726,19 +1668,7 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
             safetensors.torch.save_file(trained, folder / "trained.safetensors", metadata)
 
-    write_result(Path(args.output), write)
-    say(f"the model is in {args.output}")
-    say_how_to_chat(args, model, "--model", args.output)
-
-
-def say_how_to_chat(args, model, *words: str) -> None:
-    """The command for the result of a training run."""
-    for name in ("template", "system"):
-        words += (f"--{name}", getattr(args, name)) if getattr(args, name) else ()
-    words += ("--merge-system",) if args.merge_system else ()
-    words += ("--load-in-4bit",) if getattr(args, "load_in_4bit", False) else ()
-    if model.can_generate() and not args.merge_only:
-        say(shlex.join(["python", sys.argv[0], *words, "--chat"]))
+    write_result(args, write, "model", "--model", args.output)
 
 
 def add_old_names(folder: Path) -> None:
@@ -1773,10 +1703,10 @@ def results_in(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
-def write_result(folder: Path, write) -> None:
-    """write(temporary folder) on rank 0, then move its files into the folder in place of an old
-    result. A run that is killed leaves no half-written file."""
-    temporary = folder / ".unfinished"
+def write_result(args, write, kind: str, *flags: str) -> None:
+    """write(temporary folder) on rank 0, then move its files into --output in place of an old
+    result. A run that is killed leaves no half-written file. flags: what loads the result."""
+    folder, temporary = Path(args.output), Path(args.output) / ".unfinished"
     if RANK == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -1790,6 +1720,11 @@ def write_result(folder: Path, write) -> None:
         temporary.rmdir()
     if RANKS > 1:
         dist.barrier()  # torchrun would end rank 0 when another rank is done
+    say(f"the {kind} is in {args.output}")
+    if hasattr(args, "chat_tokens") and not args.merge_only:
+        flags += ("--system", args.system) if args.system else ()
+        flags += ("--merge-system",) if args.merge_system else ()
+        say(shlex.join(["python", sys.argv[0], *flags, "--chat"]))
 
 
 def replace(temporary: Path, path: Path) -> None:
@@ -1911,12 +1846,10 @@ class Log:
     TensorBoard's add_scalar(key, value, entry["step"]) for every number of an entry.
     """
 
-    FLUSH_EVERY = 10  # steps between readings from the GPU, so that the host rarely waits
-
     def __init__(self, args, run: dict, total: int, device):
         """run: see `start_run`. total: steps of the whole run."""
         self.args, self.run, self.total, self.device = args, run, total, device
-        self.path, self.pending, self.signal = Path(args.output) / "metrics.jsonl", [], 0
+        self.path, self.pending, self.signal = Path(args.output) / "metrics.jsonl", None, 0
         if RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -1929,7 +1862,7 @@ class Log:
             signal.signal(kind, self.on_signal)
         options = {"disable": RANK > 0, "mininterval": 0.5 if sys.stderr.isatty() else 10}
         self.bar = tqdm(total=total, initial=run["step"], unit="step", **options)
-        self.clock, self.clock_tokens = time.perf_counter(), run["tokens"]
+        self.clock = time.perf_counter()
 
     def on_signal(self, kind: int, frame) -> None:
         self.signal = kind
@@ -1950,36 +1883,39 @@ class Log:
 
     def step_done(self, examples: dict, loss, lr: float, grad_norm=None, **figures) -> None:
         """loss, figures: this rank's parts, tensors; logged are the sums over ranks."""
+        self.flush()  # the step before: reading its figures hardly waits for the GPU
+        tokens, now = sum(map(len, examples["input_ids"])), time.perf_counter()
         self.run["step"] += 1
-        self.run["tokens"] += sum(map(len, examples["input_ids"]))
+        self.run["tokens"] += tokens
+        entry = {"step": self.run["step"], "lr": lr, "tokens": self.run["tokens"]}
+        entry["tokens_per_second"] = round(tokens / (now - self.clock))
+        figures = {"loss": loss} | figures
         norm = torch.zeros_like(loss) if grad_norm is None else whole(grad_norm)
-        self.figures, loss = ["loss", *figures], torch.stack([loss, *figures.values()])
-        self.pending.append((self.run["step"], self.run["tokens"], lr, loss, norm))
+        self.pending, self.clock = (
+            (entry, list(figures), torch.stack([*figures.values()]), norm),
+            now,
+        )
         self.bar.update()
-        if self.run["step"] % self.FLUSH_EVERY == 0 or self.run["step"] == self.total:
+        if self.run["step"] == self.total:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending. A loss or a gradient norm that is not finite ends the run."""
+        """Write the last step. A loss or a gradient norm that is not finite ends the run."""
         if not self.pending:
             return
-        steps, tokens, rates, losses, norms = zip(*self.pending)
-        losses = sum_over_ranks(torch.stack(losses)).tolist()
-        norms, self.pending = torch.stack(norms).tolist(), []
-        speed = (tokens[-1] - self.clock_tokens) / (time.perf_counter() - self.clock)
+        (entry, names, values, norm), self.pending = self.pending, None
+        values, norm = sum_over_ranks(values).tolist(), norm.item()
+        if not math.isfinite(values[0] + norm):
+            last = (checkpoints(self.args) or ["none yet"])[-1]
+            problem = f"step {entry['step']}: loss {values[0]}, gradient norm {norm}: not finite"
+            raise UserError(f"{problem}; last checkpoint: {last}. Try a lower --lr")
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of the process
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
-        more = {"tokens_per_second": round(speed), "peak_memory_gib": round(memory / 2**30, 3)}
-        for step, count, lr, values, norm in zip(steps, tokens, rates, losses, norms):
-            if not math.isfinite(values[0] + norm):
-                last = (checkpoints(self.args) or ["none yet"])[-1]
-                problem = f"step {step}: loss {values[0]}, gradient norm {norm}: not finite"
-                raise UserError(f"{problem}; last checkpoint: {last}. Try a lower --lr")
-            figures = dict(zip(self.figures, values)) | {"grad_norm": norm or None}
-            self.write(step=step, **figures, lr=lr, tokens=count, **more)
-        self.bar.set_postfix_str(f"loss {losses[-1][0]:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        self.clock, self.clock_tokens = time.perf_counter(), tokens[-1]
+        entry |= dict(zip(names, values)) | {"grad_norm": norm or None}
+        self.write(**entry, peak_memory_gib=round(memory / 2**30, 3))
+        speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
+        self.bar.set_postfix_str(f"loss {values[0]:.3f}, {speed}", refresh=False)
 
     def evaluation(self, **values: float) -> None:
         """Held-out figures, such as loss in nats a token."""
@@ -2035,9 +1971,7 @@ def read_checkpoint(args, name: str, model, optimizers, fixed: dict) -> dict:
     content = {"run": None, "model": {}, "optimizer": {}}
     if RANK == 0:
         try:
-            records = zipfile.ZipFile(path)
-            folders = [x.filename for x in records.infolist() if x.external_attr]  # read as nothing
-            damaged = records.testzip() or (folders and folders[0])
+            damaged = zipfile.ZipFile(path).testzip()
             content = torch.load(path, weights_only=True, map_location="cpu")
         except Exception as error:  # a damaged file fails in many ways
             damaged = repr(error)
@@ -2086,41 +2020,34 @@ def exit_stopped(step: int, kind: int) -> None:
     sys.exit(128 + kind)
 
 
-# --------------------------------------------------------------------------------- 10. Chat
-
-
 def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
-    """A conversation in the terminal. Where standard input is no terminal, answers to its lines,
-    one prompt each: JSON rows {"prompt", "completion"}, in order, 32 at a time. placeholders: ids
-    that come before every prompt."""
-    settings = {"max_new_tokens": args.chat_tokens}
+    """Answer the lines of standard input: in a terminal as a conversation, else each by itself, as
+    JSON rows {"prompt", "completion"}. placeholders: ids that come before every prompt."""
+    settings, turns, terminal = {"max_new_tokens": args.chat_tokens}, [], sys.stdin.isatty()
     if args.chat_temperature:
         settings |= {"do_sample": True, "temperature": args.chat_temperature}
+    if terminal:
+        import readline  # noqa: F401 (arrow keys and a history in input)
 
-    def answer(conversations: list, streamer=None) -> list[str]:
-        full = [complete_turns(turns, vars(args)) for turns in conversations]
-        ids = [[*placeholders, *encode_prompt(tokenizer, turns)] for turns in full]
-        return generate(model, tokenizer, ids, device, streamer=streamer, **settings)
-
-    if not sys.stdin.isatty():
-        prompts = (line.strip() for line in sys.stdin if line.strip())
-        while batch := list(itertools.islice(prompts, 32)):
-            texts = answer([[to_message(prompt, "user")] for prompt in batch])
-            for prompt, text in zip(batch, texts):
+        say("An empty line starts a new conversation; Ctrl-D ends.")
+        lines = iter(lambda: input("> ").strip(), None)
+        show = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings["streamer"] = show
+    else:
+        lines = (line.strip() for line in sys.stdin if line.strip())
+    with suppress(EOFError, KeyboardInterrupt):
+        while prompts := list(itertools.islice(lines, 1 if terminal else 32)):
+            if prompts == [""]:
+                turns = []
+                continue
+            asked = [[*turns, to_message(prompt, "user")] for prompt in prompts]
+            ids = [encode_prompt(tokenizer, complete_turns(x, vars(args))) for x in asked]
+            ids = [[*placeholders, *prompt] for prompt in ids]
+            texts = generate(model, tokenizer, ids, device, **settings)
+            if terminal:
+                turns = [*asked[0], to_message(texts[0], "assistant")]
+                continue
+            for prompt, text in zip(prompts, texts):
                 row = {"prompt": prompt, "completion": text}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
-        return
-    import readline  # noqa: F401 (arrow keys and a history in input)
-
-    say("An empty line starts a new conversation; Ctrl-D ends.")
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    turns = []
-    try:
-        while True:
-            if prompt := input("> ").strip():
-                turns.append(to_message(prompt, "user"))
-                turns.append(to_message(*answer([turns], streamer), "assistant"))
-            else:
-                turns = []
-    except (EOFError, KeyboardInterrupt):
-        print()
+    print(end="\n" * terminal)

@@ -187,7 +187,7 @@ class LoRALinear(nn.Module):
 def train(args) -> None:
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
-    train_set, eval_set = common.load_data(args, tokenizer, pairs=True)
+    train_set, eval_set = common.load_data(args, tokenizer, "pairs")
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     lora = args.rank or args.adapter

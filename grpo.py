@@ -83,7 +83,7 @@ def token_weights(lengths: list[int], answers: int, tokens: int, args):
 def train(args) -> None:
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
-    train_set, eval_set = common.load_data(args, tokenizer, prompts_alone=True)
+    train_set, eval_set = common.load_data(args, tokenizer, "prompts")
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     model = common.load_model(args, dtype, device)

@@ -96,7 +96,8 @@ def train(args) -> None:
     train_set, eval_set = common.load_data(args, tokenizer)
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
-    model = common.load_model(args, dtype, device, shard=args.shard)
+    size = len(tokenizer)
+    model = common.load_model(args, dtype, device, shard=args.shard, vocab_size=size)
     config = common.add_adapter(model, args, LoRALinear, device, tokenizer)
     if args.chat:
         return common.chat(model, tokenizer, args, device)
@@ -209,7 +210,7 @@ def merge(args) -> None:
     """--merge-only: add the adapter to the base's weights and save them in the base's dtype."""
     device, _ = common.setup(args)
     tokenizer = common.load_tokenizer(args)
-    model = common.load_model(args, "auto", device)
+    model = common.load_model(args, "auto", device, vocab_size=len(tokenizer))
     common.add_adapter(model, args, LoRALinear, device, tokenizer)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear | common.NewRows):

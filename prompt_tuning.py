@@ -104,10 +104,11 @@ def make_room(examples, P: int, placeholder: int):
 
     def before(columns: dict) -> dict:
         values = {"input_ids": placeholder, "is_target": False}
-        return {
+        longer = {
             name: [np.concatenate([np.full(P, value, x.dtype), x]) for x in columns[name]]
             for name, value in values.items()
         }
+        return longer | {"stretches": [[len(ids)] for ids in longer["input_ids"]]}
 
     return examples.map(before, batched=True, features=examples.features)
 

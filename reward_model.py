@@ -186,7 +186,7 @@ def choose_pad_token(args, tokenizer) -> None:
 def train(args) -> None:
     device, dtype = common.setup(args)
     tokenizer = common.load_tokenizer(args)
-    train_set, eval_set = common.load_data(args, tokenizer, pairs=True, whole=True)
+    train_set, eval_set = common.load_data(args, tokenizer, "whole pairs")
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
     choose_pad_token(args, tokenizer)

@@ -106,8 +106,8 @@ def train(args) -> None:
     lora = args.rank or args.adapter
     shard = args.offload or (args.shard if lora else common.RANKS > 1)
     weights = None if lora else torch.float32  # kept in float32 if all of them train
-    rows = 0 if lora else len(tokenizer)  # the adapter adds its own
-    model = common.load_model(args, dtype, device, weights, shard, args.offload, vocab_size=rows)
+    size = len(tokenizer)
+    model = common.load_model(args, dtype, device, weights, shard, args.offload, vocab_size=size)
     config = common.add_adapter(model, args, LoRALinear, device, tokenizer) if lora else {}
     if args.chat:
         return common.chat(model, tokenizer, args, device)

@@ -80,6 +80,10 @@ def convert(row: dict, unpaired: dict) -> list[dict]:
         return [{"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}]
     if {"kind", "input", "target"} <= row.keys():  # Firefly
         return [{"prompt": row["input"], "completion": row["target"]}]
+    if {"messages", "rejected_response"} <= row.keys():  # swift
+        *prompt, answer = row["messages"]
+        other = {"role": "assistant", "content": row["rejected_response"]}
+        return [{"prompt": prompt, "chosen": [answer], "rejected": [other]}]
     if isinstance(row.get("conversation"), list):  # Firefly's and xtuner's conversations
         roles = {"system": "system", "human": "user", "input": "user"}
         roles |= {"assistant": "assistant", "output": "assistant"}
@@ -93,11 +97,10 @@ def parse(row: dict) -> dict:
     for key in ("input", "context"):
         if isinstance(row.get(key), str) and re.fullmatch(NO_INPUT, row[key]):
             row = row | {key: ""}
-    if row.keys() & {"chosen", "rejected_response"}:
-        prompt, (chosen, rejected), tools, margin = common.parse_preference(row)
-        new = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected], "margin": margin}
+    turns, answers, tools, margin = common.parse_row(row)
+    if answers:
+        new = {"prompt": turns, "chosen": answers[:1], "rejected": answers[-1:], "margin": margin}
     else:
-        turns, tools = common.parse_row(row)
         new = {"text": turns} if isinstance(turns, str) else {"messages": turns}
     return new | ({"tools": tools} if tools else {})
 
@@ -220,8 +223,7 @@ def read_rows(names: list[str], report: Report):
     unpaired = defaultdict(lambda: {True: [], False: []})
     for place, row in (pair for name in names for pair in common.open_source(name)[1]):
         try:
-            if isinstance(row, ValueError):
-                raise row
+            row = common.load_row(row)
             for new in map(parse, convert(row, unpaired)):
                 cleaned = change_texts(new, normalise)
                 if cleaned != new:

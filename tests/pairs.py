@@ -43,9 +43,9 @@ def arguments(script, folder, rows, *flags):
     return seen[0]
 
 
-def examples_of(args, **options) -> dict:
+def examples_of(args, kind="pairs") -> dict:
     """Columns of all examples, in the order of the file."""
-    return common.load_data(args, common.load_tokenizer(args), pairs=True, **options)[0][:]
+    return common.load_data(args, common.load_tokenizer(args), kind)[0][:]
 
 
 def one_pass(examples, way: str) -> dict:

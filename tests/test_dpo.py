@@ -160,7 +160,7 @@ def test_loss_and_gradients_are_trls_on_the_same_rows(kind, way, tmp_path, monke
     template.write_text(TEMPLATE)
     more = ["--loss", kind, "--template", template, *["--no-packing"] * (way == "padded")]
     args = arguments(dpo, tmp_path, PAIRS[:5], *more)
-    train_set, _ = common.load_data(args, common.load_tokenizer(args), pairs=True)
+    train_set, _ = common.load_data(args, common.load_tokenizer(args), "pairs")
     policy = load(args, seed=1)
     examples = dpo.add_reference(load(args), train_set, [range(5)], args, CPU)[:]
     batch = one_pass(examples, way)
@@ -251,7 +251,7 @@ def test_where_all_parameters_train_the_reference_is_that_of_the_start(tmp_path,
     """Each answer alone, through transformers; also of answers that come up in a later epoch."""
     rows = [*PAIRS, RANKED]
     args = arguments(dpo, tmp_path, rows, "--epochs", 2, "--batch-size", 5)
-    train_set, _ = common.load_data(args, common.load_tokenizer(args), pairs=True)
+    train_set, _ = common.load_data(args, common.load_tokenizer(args), "pairs")
     args.micro_batch_tokens, model = 200, load(args)
     steps = common.plan_steps(train_set, args)
     with_reference = dpo.add_reference(model, train_set, steps, args, CPU)

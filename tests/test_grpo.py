@@ -192,7 +192,7 @@ def test_samples_are_ppos_and_the_base_comes_back(load):
     for script in (grpo, ppo):
         args, tokenizer, model = load(script=script)
         before = {name: p.clone() for name, p in model.named_parameters()}
-        data, _ = common.load_data(args, tokenizer, prompts_alone=True)
+        data, _ = common.load_data(args, tokenizer, "prompts")
         scores = lambda prompts, *_: [0.0] * len(prompts)  # noqa: E731
         found.append(script.write_answers(model, scores, tokenizer, data[:], args, CPU, 1))
         assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -267,7 +267,7 @@ def test_the_base_comes_back_bit_for_bit(dtype, load):
         update = layer.scaling * layer.lora_B.weight @ layer.lora_A.weight
         name = "model.layers.0.self_attn.q_proj.roles.base.weight"
         assert torch.equal(layer.base.weight, (before[name].float() + update).to(model.dtype))
-    data, _ = common.load_data(args, tokenizer, prompts_alone=True)
+    data, _ = common.load_data(args, tokenizer, "prompts")
     ppo.write_answers(model, reward, tokenizer, data[:], args, CPU, 1)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -277,7 +277,7 @@ def test_a_rollout_is_what_it_says(load, monkeypatch):
     its own prompt and reference. The seed and the step decide the draws."""
     args, tokenizer, model, _ = load("--missing-eos-penalty", 0.25, "--generation-batch", 3)
     monkeypatch.setattr(common, "stop_ids", lambda *_: HALF)
-    data, _ = common.load_data(args, tokenizer, prompts_alone=True)
+    data, _ = common.load_data(args, tokenizer, "prompts")
     seen = []
 
     def reward(prompts, answers, references):
@@ -316,7 +316,7 @@ def test_prompts_of_all_kinds_of_rows(load, tmp_path):
     ]
     data = write_rows(tmp_path / "mixed.jsonl", mixed)
     args, tokenizer, *_ = load("--data", data)
-    examples = common.load_data(args, tokenizer, prompts_alone=True)[0][:]
+    examples = common.load_data(args, tokenizer, "prompts")[0][:]
     found = [*map(ppo.split_example, examples["input_ids"], examples["is_target"])]
     one, two = "user\nHi\nassistant\n", "user\nHi\nassistant\nYo\nuser\nHi\nassistant\n"
     expected = [(one, "")] * 2 + [(one, "a")] * 2 + [(one, "Yo"), (two, ""), (two, "Bye")]

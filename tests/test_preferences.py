@@ -53,7 +53,6 @@ READ = {  # row -> the prompt that must come out
         [Q, turn("assistant", "A"), turn("user", "Q\n\nC")],
     ),
     "LLaMA-Factory": ({"conversations": [Q], "chosen": GOOD, "rejected": BAD}, [Q]),
-    "ms-swift": ({"messages": [*LONG, GOOD], "rejected_response": "bad"}, LONG),
     "ranked": ({"prompt": "Q", "responses": ["good", "bad"]}, [Q]),
 }  # fmt: skip
 
@@ -61,28 +60,30 @@ READ = {  # row -> the prompt that must come out
 @pytest.mark.parametrize("name", READ)
 def test_a_layout_is_read(name):
     row, prompt = READ[name]
-    turns, answers, tools, margin = common.parse_preference(row)
+    turns, answers, tools, margin = common.parse_row(row)
     assert turns == prompt and answers == [GOOD, BAD] and tools is None and margin == 0
 
 
 def test_margin_and_tools_are_read():
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"prompt": "Q", **PAIR, "margin": 1.5, "tools": tools}
-    assert common.parse_preference(row)[2:] == (tools, 1.5)
+    assert common.parse_row(row)[2:] == (tools, 1.5)
 
 
 REFUSED = [
-    ({"prompt": "Q", "completion": "A", "label": True}, "pairs of answers are needed"),
     ({"prompt": "Q", "chosen": [Q, GOOD], "rejected": [LONG[0], LONG[1], Q, BAD]}, "same turns"),
-    ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "from those of 'prompt'"),
-    ({"prompt": "Q", "messages": [Q, BAD], "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "messages"),
+    ({"prompt": "other", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, "differ from the prompt"),
+    (
+        {"prompt": "Q", "messages": [Q, BAD], "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        "differ from the prompt",
+    ),
     ({"chosen": "good", "rejected": "bad"}, "needs a prompt"),
     ({"chosen": [GOOD, Q], "rejected": [GOOD, turn("user", "R")]}, "answers by the assistant"),
     ({"prompt": "Q", **PAIR, "images": ["x.png"]}, "'images' would be ignored"),
     ({"prompt": "Q", "question": "R", **PAIR}, "'question' would be ignored"),
     ({"prompt": "Q", "completion": "good", **PAIR}, "'completion' would be ignored"),
     ({"prompt": "Q", "label": 1, **PAIR}, "'label' would be ignored"),
-    ({"prompt": "Q", **PAIR, "margin": "much"}, "'margin' is 'much'"),
+    ({"prompt": "Q", **PAIR, "margin": "much"}, "could not convert string to float: 'much'"),
     ({"prompt": "Q", "chosen": None, "rejected": "bad"}, "'chosen' is None"),
 ]
 
@@ -90,7 +91,7 @@ REFUSED = [
 @pytest.mark.parametrize("row, match", REFUSED, ids=[match for _, match in REFUSED])
 def test_what_is_not_understood_is_refused_by_name(row, match):
     with pytest.raises(ValueError, match=match):
-        common.parse_preference(row)
+        common.parse_row(row)
 
 
 def test_bad_rows_are_one_error_with_file_and_line(tmp_path):
@@ -157,7 +158,9 @@ def test_merge_system_joins_the_turns_of_a_prompt(tmp_path):
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_reward_model_reads_what_follows_the_end_of_turn(whole, tmp_path):
     """transformers pools there."""
-    examples = examples_of(arguments(dpo, tmp_path, [{"prompt": "Q", **PAIR}]), whole=whole)
+    examples = examples_of(
+        arguments(dpo, tmp_path, [{"prompt": "Q", **PAIR}]), "whole pairs" if whole else "pairs"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     parts = np.split(examples["input_ids"][0], np.cumsum(examples["stretches"][0])[:-1])
     end = "<|im_end|>\n" if whole else "<|im_end|>"
@@ -168,14 +171,14 @@ def test_held_out_prompts_are_not_trained_on(tmp_path):
     rows = [{"prompt": f"Q{n // 3}", "chosen": f"good {n}", "rejected": "bad"} for n in range(30)]
     args = arguments(dpo, tmp_path, rows)
     args.eval_data = ["0.2"]
-    sets = common.load_data(args, common.load_tokenizer(args), pairs=True)
+    sets = common.load_data(args, common.load_tokenizer(args), "pairs")
     train, held_out = (set(x["prompt"][:].tolist()) for x in sets)
     assert len(held_out) == 2 and len(train) == 8 and not train & held_out
 
 
 def test_inspect_shows_the_answers_apart(tmp_path, capsys):
     args = arguments(dpo, tmp_path, [{"prompt": "Q", **PAIR}], "--inspect")
-    train_set, _ = common.load_data(args, common.load_tokenizer(args), pairs=True)
+    train_set, _ = common.load_data(args, common.load_tokenizer(args), "pairs")
     common.inspect_examples(train_set, common.load_tokenizer(args))
     printed = capsys.readouterr().out
     assert printed.count("TARGET") == 2 and printed.count("context") == 1

@@ -67,6 +67,7 @@ def with_prompt(model, start, encoder="none", hidden=8):
 def batch_of(examples, P: int, padded: bool = False) -> dict:
     """As a run makes it. The placeholder may be any id."""
     features = {name: [x[name] for x in examples] for name in ("input_ids", "is_target")}
+    features["stretches"] = [[len(x["input_ids"])] for x in examples]
     table = prompt_tuning.make_room(Dataset.from_dict(features).with_format("numpy"), P, 3)
     return common.collate([*table], padded, CPU)
 

@@ -60,11 +60,9 @@ def score(tmp_path):
         args = arguments(reward_model, tmp_path, ROWS, *flags)
         tokenizer, encoded = common.load_tokenizer(args), []
         for row in rows:
-            if "chosen" in row or "responses" in row:
-                turns, answers, tools, _ = common.parse_preference(row)
-            else:
-                (*turns, answer), tools = common.parse_row(row)
-                answers = [answer]
+            turns, answers, tools, _ = common.parse_row(row)
+            if not answers:
+                *turns, answers = *turns[:-1], turns[-1:]
             answers = common.encode_answers(tokenizer, turns, answers, tools, whole=True)
             encoded.append(common.share_prompt(answers, 1000))
         examples = dict(zip(("input_ids", "is_target", "stretches"), zip(*encoded)))
@@ -111,7 +109,7 @@ def test_shared_prompts_change_no_loss_and_no_gradient(kind, way, tmp_path, trai
     more = ["--no-packing"] if way == "padded" else []
     rows = KINDS.get(kind, ROWS)
     args = arguments(reward_model, tmp_path, rows, "--model", train("base"), *more)
-    examples, ours = examples_of(args, whole=True), load(args)
+    examples, ours = examples_of(args, "whole pairs"), load(args)
     theirs = sequence_model(args.model).double()
     total = 0.0
     for answers, margin in zip(documents(examples), examples["margin"]):
@@ -142,7 +140,7 @@ def test_loss_gradients_and_tokens_equal_trls(train, tmp_path):
     table = datasets.Dataset.from_list(rows)
     trainer = trl.RewardTrainer(theirs, config, train_dataset=table, processing_class=tokenizer)
     inputs = trainer.data_collator(list(trainer.train_dataset))
-    examples = examples_of(args, whole=True)
+    examples = examples_of(args, "whole pairs")
     answers = [*zip(*documents(examples))]
     for ids, mask, (expected, _) in zip(
         inputs["input_ids"], inputs["attention_mask"], [*answers[0], *answers[1]]
@@ -175,7 +173,7 @@ def test_the_head_at_the_start(tmp_path):
 
 def test_only_the_adapter_and_the_head_get_gradients(tmp_path):
     args = arguments(reward_model, tmp_path, PAIRS[:3], "--lora-rank", 4)
-    model, batch = load(args), one_pass(examples_of(args, whole=True), "loop")
+    model, batch = load(args), one_pass(examples_of(args, "whole pairs"), "loop")
     reward_model.pair_figures(model, batch)["loss"].backward()
     assert sum(isinstance(x, reward_model.LoRALinear) for x in model.modules()) == 28
     for name, p in model.named_parameters():

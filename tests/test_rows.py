@@ -420,7 +420,6 @@ IGNORED = {  # field -> a row in which nothing can use it
     "rejected_response": {"messages": PAIR, "rejected_response": "no"},
     "rejected": {"prompt": "q", "completion": "a", "rejected": "no"},
     "chosen": {"prompt": "q", "completion": "a", "chosen": "yes"},
-    "responses": {"prompt": "q", "completion": "a", "responses": ["yes", "no"]},
     "answer beside response": {"question": "q", "response": "a", "answer": "b"},
     "instruction beside prompt": {"prompt": "q", "instruction": "i", "completion": "a"},
     "images of a message": {"messages": [PAIR[0] | {"images": ["x.png"]}, PAIR[1]]},

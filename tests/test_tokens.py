@@ -250,12 +250,9 @@ def test_a_template_that_changes_the_prompt_is_refused(encode):
 
 def test_a_template_that_raises_is_quoted_with_file_and_line(encode):
     rows = [{"messages": PAIR}, {"messages": [S | {"content": "s"}, *PAIR]}]
-    found = r"rows.jsonl:2: .*without a system turn \(it can be used with --merge-system\)"
+    found = r"rows.jsonl:2: .*without a system turn \(--merge-system may help\)"
     with pytest.raises(common.UserError, match=found):
         encode(rows, family("Gemma"))
-    rows = [{"messages": [PAIR[0], {"role": "tool", "content": "t"}, PAIR[1]]}]
-    with pytest.raises(common.UserError, match=r"rows.jsonl:1: .*without a system turn$"):
-        encode(rows, family("Gemma"))  # the flag would not help
 
 
 def test_merged_turns_are_those_merged_by_hand(encode):
@@ -653,7 +650,7 @@ def test_a_token_beyond_the_embedding_is_refused(encode):
     (example,) = encode({"messages": PAIR}, tokenizer, vocab_size=size)
     assert max(example["input_ids"]) == size - 1
     rows = [{"messages": PAIR}, {"messages": [U | {"content": "<tag>"}, PAIR[1]]}]
-    with pytest.raises(common.UserError, match=rf"rows.jsonl:2: .*<tag>.*{size}"):
+    with pytest.raises(common.UserError, match="rows.jsonl:2: .*no token '<tag>'"):
         encode(rows, tokenizer, vocab_size=size)
 
 
