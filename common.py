@@ -281,40 +281,29 @@ def to_message(message, role: str | None = None) -> dict:
     return message
 
 
-def take_messages(left: dict, field: str, role: str) -> list[dict]:
-    """Take a field out of a row -> messages. A string is one message of the role."""
-    value = left.pop(field)
+def to_messages(value, field: str, role: str | None = None) -> list[dict]:
+    """The value of a field -> messages. Text is one message of the role, if there is one."""
     if isinstance(value, str) and value.startswith("\n\nHuman:"):  # Anthropic's HH
         _, *parts = re.split(r"\n\n(Human|Assistant):", value)
-        value = [{"from": who, "value": text.strip()} for who, text in zip(*[iter(parts)] * 2)]
-    if not isinstance(value, (str, dict, list)) or value == []:
-        raise ValueError(f"field {field!r} is {str(value):.40}, not text or a list of messages")
-    return [to_message(item, role) for item in (value if isinstance(value, list) else [value])]
+        value = [{"from": x, "value": y.strip()} for x, y in zip(parts[::2], parts[1::2])]
+    value = [value] if isinstance(value, dict) or role and isinstance(value, str) else value
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field {field!r} is {value!s:.40}, not text or a list of messages")
+    return [to_message(item, role) for item in value]
 
 
-def take_prompt(left: dict, field: str) -> list[dict]:
-    """Take the prompt, with its second part and the earlier turns, out of a row -> messages."""
-    turns = take_messages(left, field, "user")
-    if extra := next((key for key in INPUTS if left.get(key) not in EMPTY), None):
-        if not isinstance(left[extra], str):
-            raise ValueError(f"field {extra!r} is {left[extra]!s:.40}, not text")
-        turns[-1]["content"] += "\n\n" + left.pop(extra)
-    history = left.pop("history", None) or []
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError("field 'history' is not a list of [question, answer]")
-    roles = "user", "assistant"
-    return [to_message(text, role) for pair in history for text, role in zip(pair, roles)] + turns
+def take_text(left: dict, field: str) -> str:
+    if not isinstance(left[field], str):
+        raise ValueError(f"field {field!r} is {left[field]!s:.40}, not text")
+    return left.pop(field)
 
 
 def take_answers(left: dict, turns: list[dict]) -> tuple[list[dict], list[dict]]:
     """Take the answers of a preference out of a row. They may be whole conversations that part in
     their last turn. -> (turns before the answers, answers, best first)"""
-    fields = ["chosen", "rejected"]
-    if "responses" in left:
-        answers = left.pop("responses")
-        fields = [f"responses[{n}]" for n in range(len(answers))]
-        left |= dict(zip(fields, answers))
-    answers = [take_messages(left, field, "assistant") for field in fields]
+    fields = ["responses"] * len(left.get("responses", ())) or ["chosen", "rejected"]
+    values = left.pop("responses", None) or [left.pop(field) for field in fields]
+    answers = [to_messages(value, field, "assistant") for value, field in zip(values, fields)]
     context = answers[0][:-1]
     if any(answer[:-1] != context for answer in answers):
         raise ValueError("the answers must have the same turns before their last one")
@@ -336,49 +325,49 @@ def load_row(row) -> dict:
     return dict(row)
 
 
-class Row(NamedTuple):
-    turns: list[dict] | str  # or raw text
-    answers: list[dict]  # the last turn's candidates in a preference, best first; else empty
-    tools: list | None
-    margin: float
-
-
-def parse_row(row, kind: str = "any") -> Row:
-    """A row of any of the README's layouts -> its conversation. kind: see `load_data`."""
+def parse_row(row, kind: str = "any") -> tuple:
+    """A row of any of the README's layouts -> (turns, or raw text; the candidates for the last
+    turn in a preference, best first, else []; tools or None; margin). kind: see `load_data`."""
     left, meaningful, turns, answers = load_row(row), (*MEANINGFUL, *SAID), [], []
     pair = "responses" in left or {"chosen", "rejected"} <= left.keys()
-    names = MESSAGES, PROMPTS, ANSWERS
-    if pair and left.get("messages") == left.get("chosen"):  # UltraFeedback has them twice
-        left.pop("messages", None)
-    messages, prompt, answer = (next((x for x in some if x in left), None) for some in names)
     if kind == "train" and pair:
         raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
     if "pairs" in kind and not pair:
         raise ValueError("no chosen and rejected, and no responses: pairs of answers are needed")
+    if pair and left.get("messages") == left.get("chosen"):  # UltraFeedback has them twice
+        left.pop("messages", None)
+    names = MESSAGES, PROMPTS, ANSWERS
+    messages, prompt, answer = (next((x for x in some if x in left), None) for some in names)
     if messages:
-        if isinstance(left[messages], str):
-            raise ValueError(f"field {messages!r} is text, not a list of messages")
-        turns = take_messages(left, messages, "user")
+        turns = to_messages(left.pop(messages), messages)
     elif prompt and (answer or pair or kind == "prompts"):
-        turns = take_prompt(left, prompt)
-        turns += take_messages(left, answer, "assistant") if answer and not pair else []
         meaningful += PROMPTS + ANSWERS
+        turns = to_messages(left.pop(prompt), prompt, "user")
+        if extra := next((key for key in INPUTS if left.get(key) not in EMPTY), None):
+            turns[-1]["content"] += "\n\n" + take_text(left, extra)
+        history = left.pop("history", None) or []
+        if not all(isinstance(both, list) and len(both) == 2 for both in history):
+            raise ValueError("field 'history' is not a list of [question, answer]")
+        for question, reply in reversed(history):
+            turns = [to_message(question, "user"), to_message(reply, "assistant"), *turns]
+        if answer and not pair:
+            turns += to_messages(left.pop(answer), answer, "assistant")
     elif "text" in left:
-        (message,) = take_messages(left, "text", "user")
+        text = take_text(left, "text")
         check_unused(left, MEANINGFUL)
-        return Row(message["content"], [], None, 0.0)
+        return text, [], None, 0.0
     elif not pair:
         known = f"messages or conversations; prompt and answer under {PROMPTS} and {ANSWERS}; text"
         raise ValueError(f"fields {sorted(left)} fit none of: {known}")
     if pair:
         turns, answers = take_answers(left, turns)
     if left.get("system") not in EMPTY and turns[0]["role"] != "system":
-        turns = [*take_messages(left, "system", "system"), *turns]
+        turns = [to_message(take_text(left, "system"), "system"), *turns]
     tools = left.pop("tools", None) or None
     tools = json.loads(tools) if isinstance(tools, str) else tools
     margin = float(left.pop("margin", None) or 0.0) if pair else 0.0
     check_unused(left, meaningful)
-    return Row(turns, answers, tools, margin)
+    return turns, answers, tools, margin
 
 
 # --------------------------------------------------------------------------------- 3. Tokens
@@ -458,33 +447,6 @@ def said_in(turn: dict) -> list[tuple[str, str]]:
     return texts + [("tool_calls", call["name"]) for call in calls]
 
 
-def render_answers(tokenizer, turns: list[dict], tools, answers: list[int]) -> list[tuple]:
-    """A conversation -> [(text, character spans of targets)]. Targets are the messages at the
-    positions `answers`. An answer has a text of its own if the template writes earlier turns
-    differently once it follows (Qwen3 drops their thinking)."""
-    render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
-    texts = []
-    for i in answers:
-        prompt, text = render(turns[:i], add_generation_prompt=True), render(turns[: i + 1])
-        start = len(prompt)
-        if not text.startswith(prompt):  # the generation prompt may open a thinking block
-            start = len(os.path.commonprefix([prompt, text]))
-            if not text.startswith(render(turns[:i])):
-                raise ValueError("the chat template changes the prompt when the answer is added")
-        span = start, end_of_turn(tokenizer, text, start)
-        text, spans = text[: span[1]], [span]
-        check_written(text[start:], said_in(turns[i]))
-        if texts and text.startswith(texts[-1][0]):
-            spans = texts.pop()[1] + spans
-        texts.append((text, spans))
-        if len(texts) > 64:  # each repeats all turns before it
-            raise ValueError("the chat template rewrites earlier turns: at most 64 answers per row")
-    said = [("tools", (tool.get("function") or tool)["name"]) for tool in tools or []]
-    said += [x for turn in turns if turn["role"] in ("system", "user") for x in said_in(turn)]
-    check_written("".join(text for text, _ in texts), said)
-    return texts
-
-
 def tokenize(tokenizer, text: str, spans: list[tuple] = ()) -> tuple[list, np.ndarray]:
     """A rendered conversation -> (ids, is_target). Targets are found by position, never by token
     id: pad, eos and the end of turn are often one id."""
@@ -515,48 +477,64 @@ def complete_turns(turns: list[dict], settings: dict) -> list[dict]:
     return merged
 
 
-def encode_conversation(tokenizer, turns: list[dict], tools=None) -> list[tuple]:
-    """-> documents as (ids, is_target); none where no answer is a target, or one is empty."""
+def encode_conversation(tokenizer, turns: list[dict], tools=None, whole=False) -> list[tuple]:
+    """-> documents as (ids, is_target); none where no answer is a target, or one is empty. An
+    answer has a document of its own if the template writes earlier turns differently once it
+    follows (Qwen3 drops their thinking). A document ends with its last end of turn; whole: with
+    what the template writes after it, all of it targets."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
     if any(turns[i].get("weight") not in (None, 0, 1) for i in answers):
         raise ValueError("the weight of a message must be 0 (context) or 1 (target)")
     answers = [i for i in answers if turns[i].get("weight") != 0]
     if not answers or any(not "".join(x for _, x in said_in(turns[i])).strip() for i in answers):
         return []
-    turns = turns[: answers[-1] + 1]  # what follows the last answer teaches nothing
-    return [tokenize(tokenizer, *text) for text in render_answers(tokenizer, turns, tools, answers)]
+    render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
+    texts = []  # (text, character spans of targets)
+    for i in answers:
+        prompt, text = render(turns[:i], add_generation_prompt=True), render(turns[: i + 1])
+        start = len(prompt)
+        if not text.startswith(prompt):  # the generation prompt may open a thinking block
+            start = len(os.path.commonprefix([prompt, text]))
+            if not text.startswith(render(turns[:i])):
+                raise ValueError("the chat template changes the prompt when the answer is added")
+        end = len(text) if whole else end_of_turn(tokenizer, text, start)
+        check_written(text[start:end], said_in(turns[i]))
+        spans = [(start, end)]
+        if texts and text.startswith(texts[-1][0]):
+            spans = texts.pop()[1] + spans
+        texts.append((text[:end], spans))
+        if len(texts) > 64:  # each repeats all turns before it
+            raise ValueError("the chat template rewrites earlier turns: at most 64 answers per row")
+    said = [("tools", (tool.get("function") or tool)["name"]) for tool in tools or []]
+    before = turns[: answers[-1]]  # what follows the last answer teaches nothing
+    said += [x for turn in before if turn["role"] in ("system", "user") for x in said_in(turn)]
+    check_written("".join(text for text, _ in texts), said)
+    return [tokenize(tokenizer, *text) for text in texts]
 
 
-def encode_prompt(tokenizer, turns: list[dict], tools=None) -> list[int]:
-    """Turns, and what the template writes before an answer to them."""
+def encode_prompt(tokenizer, turns: list[dict], tools=None) -> tuple[list, np.ndarray]:
+    """Turns, and what the template writes before an answer to them -> (ids, is_target)"""
     options = {"tokenize": False, "add_generation_prompt": True}
-    return tokenize(tokenizer, tokenizer.apply_chat_template(turns, tools, **options))[0]
+    return tokenize(tokenizer, tokenizer.apply_chat_template(turns, tools, **options))
 
 
-def encode_answers(tokenizer, turns, answers, tools=None, whole: bool = False) -> list[tuple]:
-    """A prompt with each of its answers as (ids, is_target); none where an answer is empty.
-    whole: with what the template writes after the end of turn, all of it a target."""
+def encode_answers(tokenizer, turns, answers, tools=None, whole=False) -> list[tuple]:
+    """A prompt with each of its answers as (ids, is_target); none where an answer is empty."""
     context = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
-    encoded = []
-    for answer in answers:
-        for ids, marks in encode_conversation(tokenizer, [*context, answer], tools):
-            if whole:
-                text = tokenizer.apply_chat_template([*turns, answer], tools, tokenize=False)
-                ids, _ = tokenize(tokenizer, text)
-                marks = np.arange(len(ids)) >= marks.argmax()
-            encoded.append((ids, marks))
-    return encoded if len(encoded) == len(answers) else []
+    conversations = [[*context, answer] for answer in answers]
+    encoded = [encode_conversation(tokenizer, turns, tools, whole) for turns in conversations]
+    return sum(encoded, []) if all(encoded) else []
 
 
-def share_prompt(encoded: list[tuple], limit: int) -> tuple[list, np.ndarray, list[int]]:
+def share_prompt(encoded: list[tuple]) -> tuple[list, np.ndarray, list[int]]:
     """Answers to a prompt as (ids, is_target) -> (ids, is_target, stretches): the tokens that all
-    begin with, up to the first target, and then the rest of each, up to limit in all."""
+    begin with, up to the first target, and then the rest of each."""
     first = min(int(marks.argmax()) for _, marks in encoded)
-    heads = np.array([ids[:first] for ids, _ in encoded])
-    differ = np.flatnonzero((heads != heads[0]).any(0))
-    shared = int(differ[0]) if len(differ) else first
-    ids = [encoded[0][0][:shared], *(ids[shared:limit] for ids, _ in encoded)]
-    marks = [encoded[0][1][:shared], *(marks[shared:limit] for _, marks in encoded)]
+    differ = (n for n in range(first) if len({ids[n] for ids, _ in encoded}) > 1)
+    shared = next(differ, first)
+    parts = [(ids[shared:], marks[shared:]) for ids, marks in encoded]
+    parts.insert(0, (encoded[0][0][:shared], encoded[0][1][:shared]))
+    ids, marks = zip(*parts)
     return sum(ids, []), np.concatenate(marks), list(map(len, ids))
 
 
@@ -575,31 +553,30 @@ COLUMNS = {  # of a data set of examples
 def encode_row(row, tokenizer, kind: str, settings: dict) -> list[dict]:
     """The examples of a row; none if it has no target. kind: see `load_data`."""
     turns, answers, tools, margin = parse_row(row, kind)
-    limit, eos, cut, parts = settings["max_length"], tokenizer.eos_token_id, False, []
+    limit, eos, pairs = settings["max_length"], tokenizer.eos_token_id, "pairs" in kind
     if isinstance(turns, str):  # raw text and eos, all targets; a long one is split
         ids = tokenizer(turns).input_ids if turns.strip() else [eos]
-        prompt = ids = ids if ids[-1] == eos else [*ids, eos]
+        ids = ids if ids[-1] == eos else [*ids, eos]
         pieces = [ids[first : first + limit] for first in range(0, len(ids), limit)]
-        parts = [(piece, np.ones(len(piece), dtype=bool), [len(piece)]) for piece in pieces]
-    elif "pairs" in kind:
-        turns, different = complete_turns(turns, settings), {}
-        encoded = encode_answers(tokenizer, turns, answers, tools, kind == "whole pairs")
-        for ids, marks in encoded:
-            different.setdefault(tuple(ids[:limit]), (ids, marks))
-            cut |= len(ids) > limit
-        if len(different) > 1 and all(marks[:limit].any() for _, marks in encoded):
-            parts = [share_prompt([*different.values()], limit)]
-        prompt = parts[0][0][: parts[0][2][0]] if parts else []
+        prompt, encoded = ids, [(piece, np.ones(len(piece), dtype=bool)) for piece in pieces]
     else:
-        turns = complete_turns(turns + answers[:1], settings)
-        if kind == "prompts" and turns[-1]["role"] != "assistant":
-            prompt = encode_prompt(tokenizer, turns, tools)
-            encoded = [(prompt, np.zeros(len(prompt), dtype=bool))] * (len(prompt) <= limit)
+        turns = complete_turns(turns if pairs else turns + answers[:1], settings)
+        if pairs:
+            encoded = encode_answers(tokenizer, turns, answers, tools, kind == "whole pairs")
+        elif kind == "prompts" and turns[-1]["role"] != "assistant":
+            encoded = [encode_prompt(tokenizer, turns, tools)]
         else:
             encoded = encode_conversation(tokenizer, turns, tools)
-            prompt = encoded[0][0][: encoded[0][1].argmax()] if encoded else []
-        cut = any(len(ids) > limit for ids, _ in encoded)
-        parts = [(ids[:limit], marks[:limit], [len(ids[:limit])]) for ids, marks in encoded]
+        prompt, marks = encoded[0] if encoded else ([], np.zeros(0))
+        prompt = prompt[: marks.argmax()] if marks.any() else prompt
+    cut = any(len(ids) > limit for ids, _ in encoded)
+    encoded = [(ids[:limit], marks[:limit]) for ids, marks in encoded]
+    parts = [(ids, marks, [len(ids)]) for ids, marks in encoded]
+    if pairs:
+        different = {tuple(ids): (ids, marks) for ids, marks in encoded}
+        usable = len(different) > 1 and all(marks.any() for _, marks in encoded)
+        parts = [share_prompt([*different.values()])] if usable else []
+        prompt = parts[0][0][: parts[0][2][0]] if parts else []
     examples, shared = [], {"margin": margin, "prompt": hash(tuple(prompt)), "note": "cut" * cut}
     for ids, marks, stretches in parts:
         if max(ids) >= settings["vocab_size"]:
@@ -797,6 +774,7 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
     Packed end to end: input_ids, position_ids (1, T) and stretches. Of an example's stretches, the
     first is a prompt, which the others read: their positions continue the prompt's.
     Padded on the right: input_ids, attention_mask (B, T), a row for every answer with its prompt.
+    The prompt's own targets count in the first row.
     """
 
     def to_device(array):  # on CUDA the host does not wait for the copy
@@ -804,30 +782,27 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
         tensor = tensor.pin_memory() if device.type == "cuda" else tensor
         return tensor.to(device, non_blocking=True)
 
-    if padded:
-        examples = [row for example in examples for row in unshare(example)]
-    ids = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
-    marks = [np.asarray(example["is_target"], dtype=bool) for example in examples]
-    if padded:
-        width = max(map(len, ids))
-        ids, marks, mask = (
-            np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-            for rows in (ids, marks, [np.ones_like(row) for row in ids])
-        )
-        batch = {"input_ids": ids, "attention_mask": mask, "targets": ids[marks]}
-        batch["target_index"] = np.flatnonzero(marks) - 1
-        return {name: to_device(x) for name, x in batch.items()}
-    ids, marks = np.concatenate(ids), np.concatenate(marks)
-    before, positions, lengths, keys = np.arange(len(ids)) - 1, [], [], []
+    ids = np.concatenate([example["input_ids"] for example in examples]).astype(np.int64)
+    marks = np.concatenate([example["is_target"] for example in examples]).astype(bool)
+    before, positions, lengths, keys, rows = np.arange(len(ids)) - 1, [], [], [], []
     for example in examples:
-        prompt = np.arange(0)
-        for n, length in enumerate(example.get("stretches", [len(example["input_ids"])])):
+        stretches, prompt = example.get("stretches", [len(example["input_ids"])]), np.arange(0)
+        for n, length in enumerate(stretches):
             own = np.arange(length) + sum(lengths)
             before[own[:1]] = prompt[-1:] if n else -1  # an answer follows its prompt
             positions.append(np.arange(length) + len(prompt))
             keys.append(np.concatenate([prompt, own]))
             lengths.append(int(length))
             prompt = prompt if n else own
+        rows += keys[-max(1, len(stretches) - 1) :]  # the answers', or the text's
+    if padded:
+        width = max(map(len, rows))
+        rows = np.stack([np.pad(x, (0, width - len(x)), constant_values=-1) for x in rows])
+        found, first = np.unique(rows, return_index=True)  # where each token stands first
+        batch = {"input_ids": np.where(rows < 0, 0, ids[rows])}
+        batch |= {"attention_mask": (rows >= 0).astype(np.int64)}
+        batch |= {"targets": ids[marks], "target_index": first[found >= 0][marks] - 1}
+        return {name: to_device(x) for name, x in batch.items()}
     batch = {"input_ids": ids[None], "position_ids": np.concatenate(positions)[None]}
     batch |= {"targets": ids[marks], "target_index": before[marks]}
     key_lengths = list(map(len, keys))
@@ -835,20 +810,6 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
     index = to_device(np.concatenate(keys)) if key_lengths != lengths else None
     stretches = Stretches(lengths, key_lengths, *ends, index, (max(lengths), max(key_lengths)))
     return {name: to_device(x) for name, x in batch.items()} | {"stretches": stretches}
-
-
-def unshare(example: dict) -> list[dict]:
-    """A prompt with its answers -> an example for every answer, with the prompt before it. The
-    prompt's own targets count in the first. A text stays as it is."""
-    ends = np.cumsum(example.get("stretches", ()), dtype=int)[:-1]
-    prompt, *answers = np.split(np.asarray(example["input_ids"]), ends)
-    context, *marks = np.split(np.asarray(example["is_target"], dtype=bool), ends)
-    rows = []
-    for ids, mark in zip(answers, marks):
-        ids, mark = np.concatenate([prompt, ids]), np.concatenate([context, mark])
-        rows.append({"input_ids": ids, "is_target": mark})
-        context = np.zeros_like(context)
-    return rows or [example]
 
 
 def find_pairs(examples: list[dict], device) -> tuple[torch.Tensor, ...]:
@@ -1806,7 +1767,7 @@ def stop_ids(model, tokenizer) -> list[int]:
     """Tokens that end an answer: the template's end of turn, the tokenizer's eos, the model's."""
     own = model.generation_config.eos_token_id
     stop = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    ids, marks = tokenize(tokenizer, *render_answers(tokenizer, EXCHANGE, None, [1])[0])
+    ids, marks = encode_conversation(tokenizer, EXCHANGE)[0]
     last = ids[np.flatnonzero(marks)[-1]]
     if tokenizer.convert_ids_to_tokens(last) in special_tokens(tokenizer):
         stop = [last, *stop]
@@ -2041,7 +2002,7 @@ def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
                 turns = []
                 continue
             asked = [[*turns, to_message(prompt, "user")] for prompt in prompts]
-            ids = [encode_prompt(tokenizer, complete_turns(x, vars(args))) for x in asked]
+            ids = [encode_prompt(tokenizer, complete_turns(x, vars(args)))[0] for x in asked]
             ids = [[*placeholders, *prompt] for prompt in ids]
             texts = generate(model, tokenizer, ids, device, **settings)
             if terminal:

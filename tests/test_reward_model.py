@@ -64,7 +64,7 @@ def score(tmp_path):
             if not answers:
                 *turns, answers = *turns[:-1], turns[-1:]
             answers = common.encode_answers(tokenizer, turns, answers, tools, whole=True)
-            encoded.append(common.share_prompt(answers, 1000))
+            encoded.append(common.share_prompt(answers))
         examples = dict(zip(("input_ids", "is_target", "stretches"), zip(*encoded)))
         values = reward_model.score(load(args), examples, args, CPU)
         return [[value - offset_of(folder) for value in answers] for answers in values]
