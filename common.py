@@ -88,8 +88,7 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--model", help="a folder or a Hub name; without it and --data: a demonstration")
     files = ".jsonl, .json, .csv, .parquet (or .gz) files, folders of them, NAME[@CONFIG][@SPLIT] "
     add("--data", nargs="+", help=files + "on the Hub; PATH:2 uses each row twice in an epoch")
-    held_out = "held-out rows: files, or a share of --data"
-    add("--eval-data", nargs="+", default=["0.05"], help=held_out)
+    add("--eval-data", nargs="+", default=["0.05"], help="held out: files, or a share of --data")
     add("--max-length", type=int, help="tokens of an example; None: the model's, at most 2048")
     add("--system", metavar="TEXT", help="system turn of conversations that have none")
     merge = "put the system turn into the user's, and join consecutive turns of one role"
@@ -420,19 +419,17 @@ def end_of_turn(tokenizer, text: str, start: int) -> int:
     """Where the answer that begins at start and fills the rest of text ends: after the first
     special token of the trailing run of special tokens and white space. Templates may write a
     line break or another eos behind it. Without a special token: the end of text."""
-    end, rest, special = len(text), text.rstrip(), special_tokens(tokenizer)
-    while last := next((s for s in special if rest.endswith(s) and len(rest) > start), None):
-        end, rest = len(rest), rest.removesuffix(last).rstrip()
-    return end
-
-
-def plain(text) -> str:
-    """For comparing texts that a template or a tokenizer may have normalised."""
-    return re.sub(r"\s", "", unicodedata.normalize("NFC", str(text)))
+    special = "|".join(map(re.escape, special_tokens(tokenizer)))
+    last = re.compile(rf"({special})(\s|{special})*\Z").search(text, start)
+    return last.end(1) if last else len(text)
 
 
 def check_written(text: str, said: list[tuple[str, str]]) -> None:
     """Templates drop what they do not know, such as tools, or reasoning of earlier turns."""
+
+    def plain(text):  # templates and tokenizers may normalise
+        return re.sub(r"\s", "", unicodedata.normalize("NFC", str(text)))
+
     written = plain(text)
     for field, part in said:
         # a generation prompt may open the thinking block
@@ -470,10 +467,9 @@ def complete_turns(turns: list[dict], settings: dict) -> list[dict]:
         turn = turn | {"role": "user"} if turn["role"] == "system" else turn
         last = merged[-1] if merged else {}
         if turn["role"] != "tool" and last | {"content": ""} == turn | {"content": ""}:
-            both = filter(None, (last["content"], turn["content"]))
-            merged[-1] = turn | {"content": "\n\n".join(both)}
-        else:
-            merged.append(turn)
+            both = filter(None, (merged.pop()["content"], turn["content"]))
+            turn = turn | {"content": "\n\n".join(both)}
+        merged.append(turn)
     return merged
 
 
@@ -567,16 +563,19 @@ def encode_row(row, tokenizer, kind: str, settings: dict) -> list[dict]:
             encoded = [encode_prompt(tokenizer, turns, tools)]
         else:
             encoded = encode_conversation(tokenizer, turns, tools)
-        prompt, marks = encoded[0] if encoded else ([], np.zeros(0))
+        if not encoded:
+            return []
+        prompt, marks = encoded[0]
         prompt = prompt[: marks.argmax()] if marks.any() else prompt
     cut = any(len(ids) > limit for ids, _ in encoded)
     encoded = [(ids[:limit], marks[:limit]) for ids, marks in encoded]
     parts = [(ids, marks, [len(ids)]) for ids, marks in encoded]
     if pairs:
         different = {tuple(ids): (ids, marks) for ids, marks in encoded}
-        usable = len(different) > 1 and all(marks.any() for _, marks in encoded)
-        parts = [share_prompt([*different.values()])] if usable else []
-        prompt = parts[0][0][: parts[0][2][0]] if parts else []
+        if len(different) < 2 or not all(marks.any() for _, marks in encoded):
+            return []
+        parts = [share_prompt([*different.values()])]
+        prompt = parts[0][0][: parts[0][2][0]]
     examples, shared = [], {"margin": margin, "prompt": hash(tuple(prompt)), "note": "cut" * cut}
     for ids, marks, stretches in parts:
         if max(ids) >= settings["vocab_size"]:
@@ -681,16 +680,13 @@ def load_data(args, tokenizer, kind: str = "train"):
 
 
 def plan_steps(train_set, args) -> list[list[int]]:
-    """The examples of every optimizer step, as row numbers of train_set.
-
-    A function of data, seed and --batch-size alone, not of GPUs or memory. Steps run across the
-    ends of epochs; only the last one may be short.
-    """
-    weights = [parse_source(text)[1] for text in args.data]
-    random = np.random.default_rng(args.seed)
-    members = [np.flatnonzero(train_set["source"][:] == n) for n in range(len(weights))]
-    members = [random.permutation(rows) for rows in members]
-    counts = [round(weight * len(rows)) for weight, rows in zip(weights, members)]
+    """The examples of every optimizer step, as row numbers of train_set: a function of data, seed
+    and --batch-size alone, not of GPUs or memory. Steps run across the ends of epochs; only the
+    last one may be short."""
+    random, members, counts = np.random.default_rng(args.seed), [], []
+    for n, text in enumerate(args.data):
+        members.append(random.permutation(np.flatnonzero(train_set["source"][:] == n)))
+        counts.append(round(parse_source(text)[1] * len(members[n])))
     if sum(counts) == 0:
         raise UserError("--data: with these weights, an epoch has less than one example")
     wanted = round(args.epochs * sum(counts))
@@ -711,10 +707,8 @@ def count_targets(examples: dict) -> int:
 
 def plan_passes(lengths: list[int], args) -> list[list[int]]:
     """Examples of these lengths -> the examples of every forward pass, a multiple of the ranks.
-
     Packed: longest first, each to the pass with the fewest tokens, in as few passes as hold
-    --micro-batch-tokens each. Padded: neighbours in length. A longer example is alone.
-    """
+    --micro-batch-tokens each. Padded: neighbours in length. A longer example is alone."""
     limit = args.micro_batch_tokens
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if args.no_packing:
@@ -741,10 +735,10 @@ def micro_batches(examples: dict, args, device) -> list[dict]:
     """Columns of examples -> this rank's forward passes, each what `target_logps` takes. All
     ranks run equally many: where examples run out, a pass without targets. A pass of prompts with
     answers also has its `examples`."""
-    lengths, stretches = list(map(len, examples["input_ids"])), examples.get("stretches", ())
-    shared = any(len(x) > 1 for x in stretches)
+    lengths = list(map(len, examples["input_ids"]))
+    shared = any(len(x) > 1 for x in examples.get("stretches", ()))
     if args.no_packing and shared:  # a row for every answer
-        lengths = [(len(x) - 1) * (x[0] + max(x[1:])) for x in stretches]
+        lengths = [(len(x) - 1) * (x[0] + max(x[1:])) for x in examples["stretches"]]
     batches = []
     for members in plan_passes(lengths, args)[RANK::RANKS]:
         chosen = members or [int(np.argmin(lengths))]
@@ -854,9 +848,9 @@ def describe_run(train_set, steps: list[list[int]], args, device, dtype) -> None
         say("warning: forward passes are less than half full. A larger --batch-size may be faster")
 
 
-def inspect_examples(train_set, tokenizer, count: int = 3) -> None:
-    """Print examples, a line for every stretch of context or target tokens."""
-    for n in range(min(count, len(train_set))):
+def inspect_examples(train_set, tokenizer) -> None:
+    """Print the first examples, a line for every stretch of context or target tokens."""
+    for n in range(min(3, len(train_set))):
         ids, marks, stretches = (train_set[n][x] for x in ("input_ids", "is_target", "stretches"))
         print(f"--- example {n + 1}: {len(ids)} tokens, {marks.sum()} of them targets ---")
         edges = sorted({0, *(np.flatnonzero(np.diff(marks)) + 1), *np.cumsum(stretches)})
