@@ -332,7 +332,8 @@ def parse_row(row, kind: str = "any") -> tuple:
     if kind == "train" and pair:
         raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
     if "pairs" in kind and not pair:
-        raise ValueError("no chosen and rejected, and no responses: pairs of answers are needed")
+        problem = "no chosen and rejected, and no responses: pairs of answers are needed"
+        raise ValueError(f"{problem} (examples/prepare_data.py converts some other layouts)")
     if pair and left.get("messages") == left.get("chosen"):  # UltraFeedback has them twice
         left.pop("messages", None)
     names = MESSAGES, PROMPTS, ANSWERS
@@ -361,7 +362,7 @@ def parse_row(row, kind: str = "any") -> tuple:
     if pair:
         turns, answers = take_answers(left, turns)
     if left.get("system") not in EMPTY and turns[0]["role"] != "system":
-        turns = [to_message(take_text(left, "system"), "system"), *turns]
+        turns = [*to_messages(left.pop("system"), "system", "system"), *turns]
     tools = left.pop("tools", None) or None
     tools = json.loads(tools) if isinstance(tools, str) else tools
     margin = float(left.pop("margin", None) or 0.0) if pair else 0.0
