@@ -54,7 +54,7 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -1014,17 +1014,13 @@ def load_model(
         decoder.requires_grad_(True)
     if vocab_size > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(vocab_size, mean_resizing=RANK == 0)
-    if RANK == 0:
-        model.to("cpu" if shard or load_in_4bit else device)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
     setattr(model, method.__name__, bound)
     if not args.no_packing:
         model.set_attn_implementation("stretches")
-    for name in broadcast(lean_modules(model) if RANK == 0 else None):
-        module = model.get_submodule(name)
-        module.forward = types.MethodType(lean_forward(module), module)
+    make_lean(model)
     if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
         for name in find_targets(model, "all-linear"):
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
@@ -1143,27 +1139,25 @@ def lean_mlp(self, x):
     return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def lean_forward(module):
-    if len(inspect.signature(module.forward).parameters) != 1:  # norms with a gate
-        return None
-    if isinstance(getattr(module, "gate_proj", None), nn.Linear):
-        return lean_mlp
-    return lean_norm if hasattr(module, "variance_epsilon") else None
-
-
 @torch.no_grad()
-def lean_modules(model) -> list[str]:
-    """Names of the norms and MLPs that a lean forward computes exactly: not of Gemma's norm, or
-    of an MLP with another activation or with dropout."""
-    found = []
-    for name, module in model.train().named_modules():
-        if lean := lean_forward(module):
-            weight = getattr(module, "gate_proj", module).weight
+def make_lean(model) -> None:
+    """Give norms and MLPs these forwards where they compute the same: not Gemma's norm, or an MLP
+    with another activation or with dropout. Rank 0 tries one module of each class."""
+    found = {}
+    for module in model.train().modules():
+        mlp = isinstance(getattr(module, "gate_proj", None), nn.Linear)
+        alone = len(inspect.signature(module.forward).parameters) == 1  # not norms with a gate
+        if alone and (mlp or hasattr(module, "variance_epsilon")):
+            found.setdefault((type(module), lean_mlp if mlp else lean_norm), []).append(module)
+    for (_, lean), modules in found.items():
+        equal = False
+        if RANK == 0:
+            weight = getattr(modules[0], "gate_proj", modules[0]).weight
             x = torch.linspace(-3, 3, 2 * weight.shape[-1]).view(2, -1).to(weight)
-            own, y = module(x).float(), lean(module, x).float()
-            if (own - y).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
-                found.append(name)
-    return found
+            own, y = modules[0](x).float(), lean(modules[0], x).float()
+            equal = (own - y).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max()
+        for module in modules if broadcast(bool(equal)) else ():
+            module.forward = types.MethodType(lean, module)
 
 
 @torch.no_grad()
@@ -1193,6 +1187,10 @@ def check_model(model, args, exact: bool) -> None:
 # ------------------------------------------------------------------------------ 6. Attention
 
 
+# torch 2.13's kernel must be told of grouped heads; 2.11's has no such option
+GROUPED = {"enable_gqa": True} if "enable_gqa" in str(inspect.signature(varlen_attn)) else {}
+
+
 def stretch_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
     stretches=None, prefix=None, **others,
@@ -1215,44 +1213,28 @@ def stretch_attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if prefix is not None:
         key, value = (torch.cat(x, dim=2) for x in zip(prefix[module.layer_idx], (key, value)))
-    head_dim, (longest_query, longest_key) = query.shape[-1], stretches.longest
+    if stretches.key_index is not None:
+        key, value = (x.index_select(2, stretches.key_index) for x in (key, value))
+    head_dim, longest_key = query.shape[-1], stretches.longest[1]
     window = sliding_window if sliding_window and sliding_window < longest_key else None
     flash = query.is_cuda and query.dtype != torch.float32 and not dropout
     flash = flash and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0
     if flash and torch.cuda.get_device_capability(query.device)[0] >= 8:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, head_dim)
-        if stretches.key_index is not None:
-            k, v = k[stretches.key_index], v[stretches.key_index]
-        bounds = (stretches.query_ends, stretches.key_ends, longest_query, longest_key)
+        bounds = stretches.query_ends, stretches.key_ends, *stretches.longest
         side = (window - 1 if window else -1, 0)
-        return varlen_kernel()(q, k, v, *bounds, scale=scaling, window_size=side)[None], None
+        return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=side, **GROUPED)[None], None
 
-    out = []
-    if stretches.key_index is not None:
-        key, value = (x.index_select(2, stretches.key_index) for x in (key, value))
+    out, options = [], {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     keys, values = (x.split(stretches.key_lengths, dim=2) for x in (key, value))
     for q, k, v in zip(query.split(stretches.lengths, dim=2), keys, values):
-        mask = None
-        if window or k.shape[2] > q.shape[2]:
-            behind = k.shape[2] - q.shape[2]  # causal from the bottom right
+        mask, behind = None, k.shape[2] - q.shape[2]
+        if window or behind:  # causal from the bottom right
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            mask = mask.tril(behind).triu(behind + 1 - window if window else -q.shape[2])
-        options = {
-            "is_causal": mask is None,
-            "scale": scaling,
-            "enable_gqa": q.shape[1] != k.shape[1],
-        }
+            mask = mask.tril(behind).triu(behind + 1 - (window or longest_key))
+        options["is_causal"] = mask is None
         out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, **options))
     return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-@functools.cache
-def varlen_kernel():
-    """torch 2.13's varlen_attn must be told of grouped heads; 2.11's has no such option."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return functools.partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
 
 
 transformers.AttentionInterface.register("stretches", stretch_attention)
@@ -1294,69 +1276,61 @@ def chunk_size(weight, trains: bool = False) -> int:
     return size // 128 * 128 or size
 
 
-def chunk_logps(hidden, weight, bias, targets, with_slope: bool):
-    """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and onehot - softmax(z) (C, V),
-    which overwrites the logits, or None."""
+def chunk_logps(hidden, weight, bias, targets, softcap, with_slope: bool):
+    """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and d log p / d z (C, V), which
+    overwrites the logits, or None. softcap: z becomes softcap * tanh(z / softcap) (Gemma 2)."""
     z = F.linear(hidden, weight, bias).float()
+    if softcap:
+        tanh = torch.tanh(z / softcap)
+        z = softcap * tanh
     target, largest = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
     total = z.sub_(largest).exp_().sum(1, keepdim=True)
     logps = (target - largest - total.log()).squeeze(1)
     if not with_slope:
         return logps, None
-    return logps, z.div_(-total).scatter_add_(1, targets[:, None], torch.ones_like(total))
+    slope = z.div_(-total).scatter_add_(1, targets[:, None], torch.ones_like(total))
+    return logps, slope.mul_(1 - tanh**2) if softcap else slope
 
 
 class LinearLogps(torch.autograd.Function):
-    """hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> log p (N,), float32."""
+    """log p(targets) (N,) under softmax(head(hidden)), float32, without all logits.
+    hidden (N, d), weight (V, d), bias (V,) or None."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
-        learns, trains = ctx.needs_input_grad[:2]
-        with_rows, size = learns and not trains, chunk_size(weight, trains)
+    def forward(ctx, hidden, weight, bias, targets, softcap=None):
+        ctx.trains, ctx.softcap = any(ctx.needs_input_grad[1:3]), softcap
+        with_rows = ctx.needs_input_grad[0] and not ctx.trains
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
+        head, size = (weight, bias), chunk_size(weight, ctx.trains)
         for n in range(0, len(hidden), size):
             part = slice(n, n + size)
-            logps[part], slope = chunk_logps(hidden[part], weight, bias, targets[part], with_rows)
+            logps[part], slope = chunk_logps(hidden[part], *head, targets[part], softcap, with_rows)
             if with_rows:
                 rows[part] = slope.to(weight.dtype) @ weight
-        ctx.save_for_backward(*((hidden, weight, bias, targets) if trains else (rows,)))
+        ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.trains else (rows,)))
         return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (N,)
-        if not ctx.needs_input_grad[1]:
+        if not ctx.trains:
             (rows,) = ctx.saved_tensors
-            return rows * grad[:, None].to(rows.dtype), None, None, None
+            return rows * grad[:, None].to(rows.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, size = torch.empty_like(hidden), chunk_size(weight, trains=True)
+        head, size = (weight, bias), chunk_size(weight, trains=True)
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         for n in range(0, len(hidden), size):
             part = slice(n, n + size)
-            _, slope = chunk_logps(hidden[part], weight, bias, targets[part], True)
+            _, slope = chunk_logps(hidden[part], *head, targets[part], ctx.softcap, True)
             slope = slope.mul_(grad[part, None]).to(weight.dtype)
             grad_hidden[part] = slope @ weight
             grad_weight += slope.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
-
-
-def capped_logps(hidden, weight, bias, targets, softcap):
-    """The same through autograd, for a bias that trains and for soft-capped logits (Gemma 2)."""
-    z = F.linear(hidden, weight, bias).float()
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    return -F.cross_entropy(z, targets, reduction="none")
-
-
-def linear_logps(hidden, weight, bias, targets, softcap=None):
-    """log p(targets) (N,) under softmax(head(hidden)), float32, without all logits.
-    hidden (N, d), weight (V, d), bias (V,) or None."""
-    if not softcap and (bias is None or not bias.requires_grad):
-        return LinearLogps.apply(hidden, weight, bias, targets)
-    size = chunk_size(weight, weight.requires_grad)
-    chunks = zip(hidden.split(size), targets.split(size))
-    again = functools.partial(checkpoint, capped_logps, use_reentrant=False)
-    return torch.cat([again(h, weight, bias, t, softcap) for h, t in chunks])
+            if bias is not None:
+                grad_bias += slope.sum(0)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
 def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inputs):
@@ -1377,7 +1351,7 @@ def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inp
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     hidden, bias = (x if x is None else (x * scale).to(dtype) for x in (hidden, head.bias))
     with torch.autocast(kind, enabled=False):
-        return linear_logps(hidden, weight.to(dtype), bias, targets, softcap)
+        return LinearLogps.apply(hidden, weight.to(dtype), bias, targets, softcap)
 
 
 # --------------------------------------------------------------------------------- 8. Saving
