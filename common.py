@@ -912,8 +912,6 @@ def inspect_examples(train_set, tokenizer, count: int = 3) -> None:
 
 def setup(args) -> tuple[torch.device, torch.dtype]:
     """Check --output, pick the device, join the other ranks, seed. -> (device, compute dtype)"""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
-        raise UserError(f"torch {torch.__version__} is too old: pip install 'torch>=2.11'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -1409,11 +1407,9 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
         new = "tokens to add, whose embeddings train; special if the chat template writes them"
         add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
-        part = "under torchrun, split the weights over the GPUs"
-        add("--shard", action="store_true", help=part)
+        add("--shard", action="store_true", help="under torchrun, split the weights over the GPUs")
     if not prefix:
-        merge = "add --adapter to --model, save the merged model in --output, and exit"
-        add("--merge-only", action="store_true", help=merge)
+        add("--merge-only", action="store_true", help="merge --adapter into --model, save and exit")
 
 
 class NewRows(nn.Module):
@@ -1442,9 +1438,17 @@ class NewRows(nn.Module):
         return self.base
 
 
-def add_new_rows(model, ids: list[int]) -> dict:
-    """Train the embeddings of these tokens, and their rows of the head. -> the field of PEFT's
-    config. A tied head shares the rows, and is not in it."""
+def add_new_rows(model, args, tokenizer, config: dict) -> dict:
+    """Train the embeddings of tokens, and their rows of the head: tokens that --adapter's config
+    names, those of --add-tokens, and those the model lacks. -> the field of PEFT's config. A tied
+    head shares the rows, and is not in it."""
+    old = config.get("trainable_token_indices") or []
+    old = sum(old.values(), []) if isinstance(old, dict) else old
+    known = pretrained(transformers.AutoConfig, args.model).get_text_config().vocab_size
+    added = tokenizer.convert_tokens_to_ids(args.add_tokens)
+    ids = list(dict.fromkeys([*old, *added, *range(known, len(tokenizer))]))
+    if not ids:
+        return {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, layer in model.named_modules() if layer in (embedding, head)]
     tied = head.weight is embedding.weight
@@ -1456,27 +1460,12 @@ def add_new_rows(model, ids: list[int]) -> dict:
     return {"trainable_token_indices": dict.fromkeys(names, ids)}
 
 
-def new_tokens(args, tokenizer, config: dict) -> list[int]:
-    """Tokens that --adapter's config names, those of --add-tokens, and those the model lacks."""
-    ids = config.get("trainable_token_indices") or []
-    ids = sum(ids.values(), []) if isinstance(ids, dict) else ids
-    known = pretrained(transformers.AutoConfig, args.model).get_text_config().vocab_size
-    added = tokenizer.convert_tokens_to_ids(args.add_tokens)
-    return list(dict.fromkeys([*ids, *added, *range(known, len(tokenizer))]))
-
-
 def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     """Freeze the model and put layer(linear, rank, alpha, dropout) around every layer of
-    --targets, or as --adapter has it, with its tensors. With a tokenizer, `new_tokens` train too.
+    --targets, or as --adapter has it, with its tensors. With a tokenizer, new tokens train too.
     -> fields of PEFT's LoraConfig"""
-    targets, rank, alpha, flag, config, tensors = (
-        args.targets,
-        args.rank,
-        args.alpha,
-        "--targets",
-        {},
-        {},
-    )
+    config, tensors, targets, flag = {}, {}, args.targets, "--targets"
+    rank, alpha = args.rank, args.alpha
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
         tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
@@ -1488,8 +1477,7 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     adapted = find_targets(model, targets, flag)
     say_unreached(model)
     model.requires_grad_(False)
-    ids = new_tokens(args, tokenizer, config) if tokenizer else []
-    more = add_new_rows(model, ids) if ids else {}
+    more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
@@ -1510,9 +1498,9 @@ def target_modules(adapted: list[str], model) -> list[str]:
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     """Give what trains the values of --adapter's tensors, and all ranks the same ones."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(p.shape) for name, p in trained.items()}
-    for name in [x for x in shapes if "token_adapter" in x and x not in tensors]:
-        shapes.pop(name)  # tokens that came after --adapter, such as a pad token
+    # without tokens that came after --adapter, such as a pad token
+    needed = {x: p for x, p in trained.items() if x in tensors or "token_adapter" not in x}
+    shapes = {name: tuple(p.shape) for name, p in needed.items()}
     if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
         odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
         raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
@@ -1687,9 +1675,9 @@ def write_result(args, write, kind: str, *flags: str) -> None:
         write(temporary)
         for old in results_in(folder):
             old.unlink()
-        os.umask(umask := os.umask(0))
+        mode = (temporary / "tokenizer_config.json").stat().st_mode
         for path in sorted(temporary.iterdir()):
-            path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
+            path.chmod(mode)  # safetensors writes for the owner alone
             replace(path, folder / path.name)
         temporary.rmdir()
     if RANKS > 1:
@@ -1713,11 +1701,10 @@ def replace(temporary: Path, path: Path) -> None:
 
 def check_output(args) -> None:
     """Refuse an --output that holds an unfinished run or a result, unless told to go on."""
-    output, metrics = Path(args.output), Path(args.output) / "metrics.jsonl"
+    output = Path(args.output)
     if output.resolve() in [Path(name).resolve() for name in (args.model, args.adapter) if name]:
         raise UserError(f"--output {output} is what this run reads: choose another folder")
-    done = metrics.exists() and '{"done": true' in metrics.read_text(encoding="utf-8")
-    unfinished = checkpoints(args) or metrics.exists() and not done
+    unfinished = (output / "checkpoint").exists()  # the end of a run removes it
     if args.overwrite or args.resume and unfinished:
         return
     if unfinished:
@@ -1751,9 +1738,8 @@ def sum_gradients(model) -> None:
         raise UserError(f"{len(lost)} trainable parameters get no gradient, among them {lost[0]}")
     gradients = [p.grad for p in trained.values() if not isinstance(p, DTensor)]
     if RANKS > 1 and gradients:
-        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+        flat = sum_over_ranks(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(flat, gradients)
 
 
 def sum_over_ranks(tensor):
@@ -1825,7 +1811,6 @@ class Log:
         self.args, self.run, self.total, self.device = args, run, total, device
         self.path, self.pending, self.signal = Path(args.output) / "metrics.jsonl", None, 0
         if RANK == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 # after --resume: no line past the checkpoint
                 file.truncate(min(run["metrics_size"], file.tell()))
@@ -1865,10 +1850,8 @@ class Log:
         entry["tokens_per_second"] = round(tokens / (now - self.clock))
         figures = {"loss": loss} | figures
         norm = torch.zeros_like(loss) if grad_norm is None else whole(grad_norm)
-        self.pending, self.clock = (
-            (entry, list(figures), torch.stack([*figures.values()]), norm),
-            now,
-        )
+        self.pending = entry, list(figures), torch.stack([*figures.values()]), norm
+        self.clock = now
         self.bar.update()
         if self.run["step"] == self.total:
             self.flush()
@@ -1920,7 +1903,6 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
         raise UserError(f"step {run['step']}: weights are not finite. Try a lower --lr")
     path = Path(args.output) / "checkpoint" / f"{name}.pt"
     if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             content = {"run": run, "model": weights, "optimizer": states}
             torch.save(content, path.with_suffix(".unfinished"))
@@ -1982,8 +1964,9 @@ def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dic
         run = read_checkpoint(args, found[-1], model, optimizers, fixed)
         say(f"resumed after step {run['step']}")
         return run
-    if RANK == 0:
+    if RANK == 0:  # until the run is done, this folder is there
         shutil.rmtree(Path(args.output) / "checkpoint", ignore_errors=True)
+        (Path(args.output) / "checkpoint").mkdir(parents=True)
     zero = {"step": 0, "tokens": 0, "metrics_size": 0}
     return zero | {"best_loss": math.inf, "best_step": 0, "fixed": fixed}
 
