@@ -1085,7 +1085,7 @@ class Linear4bit(nn.Linear):
 
     def __init__(self, layer: nn.Linear, device):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a package is missing on CPUs
-        from bitsandbytes.functional import quantize_4bit  # loads CUDA libraries: only if needed
+        import bitsandbytes  # loads CUDA libraries: only if needed
 
         if device.type == "cpu" and layer.in_features % 64:  # bitsandbytes 0.50 gets it wrong
             size = layer.in_features
@@ -1094,13 +1094,12 @@ class Linear4bit(nn.Linear):
         w = layer.weight.data
         w = torch.zeros_like(w, device=device) if w.is_meta else w.to(device).contiguous()
         kind = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
-        packed, self.state = quantize_4bit(w, **kind)
+        packed, self.state = bitsandbytes.functional.quantize_4bit(w, **kind)
         self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+        self.product = bitsandbytes.matmul_4bit
 
     def forward(self, x):
-        from bitsandbytes import matmul_4bit
-
-        return matmul_4bit(x, self.weight, self.state, bias=self.bias)
+        return self.product(x, self.weight, self.state, bias=self.bias)
 
 
 LINEAR = nn.Linear, Linear4bit  # not their other subclasses: routers, say
@@ -1163,13 +1162,13 @@ def check_model(model, args, exact: bool) -> None:
     """Two documents in one pass must get the log-probabilities that the model itself gives to
     each alone: its head has no step that `target_logps` does not know, and nothing leaks."""
     device, expected = model.get_input_embeddings().weight.device, []
-    documents = [torch.arange(first, last) * 5 % 17 + 3 for first, last in ((0, 12), (12, 21))]
+    documents = [np.arange(first, last) * 5 % 17 + 3 for first, last in ((0, 12), (12, 21))]
     examples = [{"input_ids": ids, "is_target": np.arange(len(ids)) > 0} for ids in documents]
-    with own_attention(model.eval()):
-        for ids in (document.to(device) for document in documents):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-            expected.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
     problem = f"{type(model).__name__} is not supported: "
+    with own_attention(model.eval()):
+        for ids in (torch.tensor(document, device=device) for document in documents):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            expected.append(-F.cross_entropy(logits, ids[1:], reduction="none"))
     try:
         found = model.target_logps(**collate(examples, args.no_packing, device))
         # in bfloat16 single values differ by some per cent between shapes: compare the mean
@@ -1597,10 +1596,9 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        save_tokenizer(model, tokenizer, folder)
-        add_old_names(folder)
 
-    write_result(args, write, "adapter", "--model", args.model, "--adapter", args.output)
+    flags = "--model", args.model, "--adapter", args.output
+    write_result(args, model, tokenizer, write, "adapter", *flags)
 
 
 def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = None) -> None:
@@ -1614,7 +1612,6 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     model.config.get_text_config().vocab_size = len(model.get_input_embeddings().weight)
 
     def write(folder: Path) -> None:
-        save_tokenizer(model, tokenizer, folder)
         with own_attention(model):  # other programs do not know ours
             model.save_pretrained(folder, state_dict=state)
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -1624,13 +1621,12 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
             with suppress(OSError):
                 found = transformers.utils.cached_file(args.model, f"{kind}_config.json")
                 shutil.copy(found, folder)
-        add_old_names(folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
             safetensors.torch.save_file(trained, folder / "trained.safetensors", metadata)
 
-    write_result(args, write, "model", "--model", args.output)
+    write_result(args, model, tokenizer, write, "model", "--model", args.output)
 
 
 def add_old_names(folder: Path) -> None:
@@ -1665,14 +1661,17 @@ def results_in(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
-def write_result(args, write, kind: str, *flags: str) -> None:
-    """write(temporary folder) on rank 0, then move its files into --output in place of an old
-    result. A run that is killed leaves no half-written file. flags: what loads the result."""
+def write_result(args, model, tokenizer, write, kind: str, *flags: str) -> None:
+    """The tokenizer and write(temporary folder) on rank 0, then move all files into --output in
+    place of an old result. A run that is killed leaves no half-written file. flags: what loads the
+    result."""
     folder, temporary = Path(args.output), Path(args.output) / ".unfinished"
     if RANK == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        save_tokenizer(model, tokenizer, temporary)
         write(temporary)
+        add_old_names(temporary)
         for old in results_in(folder):
             old.unlink()
         mode = (temporary / "tokenizer_config.json").stat().st_mode
