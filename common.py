@@ -1024,8 +1024,8 @@ def load_model(
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
-    if RANK == 0 and method is target_logps and not args.chat:
-        check_model(model, args, exact=dtype == torch.float32)
+        if method is target_logps and not args.chat:
+            check_model(model, args, exact=dtype == torch.float32)
     if shard:
         shard_model(model, dtype, device, offload, method.__name__)
     elif RANKS > 1:
@@ -1379,17 +1379,6 @@ def find_targets(model, targets: str, flag: str = "--targets") -> list[str]:
     return [layer for layer in layers if layer in chosen]
 
 
-def say_unreached(model) -> None:
-    """Name the matrices that are in no linear layer, such as fused experts."""
-    usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
-    known, sizes = set(map(id, usual)), Counter()
-    for name, p in language_part(model).named_parameters():
-        if p.dim() > 1 and id(p) not in known:
-            sizes[".".join(name.split(".")[-2:])] += p.numel()
-    if sizes:
-        say(f"no adapter reaches {', '.join(sizes)}: {sizes.total():,} parameters in no nn.Linear")
-
-
 def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
@@ -1474,7 +1463,14 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
     adapted = find_targets(model, targets, flag)
-    say_unreached(model)
+    usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
+    known, unreached = set(map(id, usual)), Counter()  # matrices such as fused experts
+    for name, p in language_part(model).named_parameters():
+        if p.dim() > 1 and id(p) not in known:
+            unreached[".".join(name.split(".")[-2:])] += p.numel()
+    if unreached:
+        count = f"{unreached.total():,} parameters in no nn.Linear"
+        say(f"no adapter reaches {', '.join(unreached)}: {count}")
     model.requires_grad_(False)
     more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
     for name in adapted:
@@ -1497,10 +1493,9 @@ def target_modules(adapted: list[str], model) -> list[str]:
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     """Give what trains the values of --adapter's tensors, and all ranks the same ones."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # without tokens that came after --adapter, such as a pad token
-    needed = {x: p for x, p in trained.items() if x in tensors or "token_adapter" not in x}
-    shapes = {name: tuple(p.shape) for name, p in needed.items()}
-    if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
+    # tokens may have come after --adapter, such as a pad token
+    shapes = {x: p.shape for x, p in trained.items() if x in tensors or "token_adapter" not in x}
+    if args.adapter and shapes != {name: x.shape for name, x in tensors.items()}:
         odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
         raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
     for name, p in trained.items():
@@ -1585,9 +1580,9 @@ def save_tokenizer(model, tokenizer, folder: Path) -> None:
 def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
     """What trains, or tensors by name, as an adapter folder in PEFT's form. config: fields of its
     config."""
-    trained = {name: whole(p.data) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors = tensors or {f"base_model.model.{name}": p for name, p in trained.items()}
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    tensors = {name: whole(x.detach()).cpu().contiguous() for name, x in tensors.items()}
     metadata |= {"format": "pt", "base_fingerprint": fingerprint(model)}
     base = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, **config}
