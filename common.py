@@ -54,7 +54,7 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -868,8 +868,6 @@ def inspect_examples(train_set, tokenizer) -> None:
 
 def setup(args) -> tuple[torch.device, torch.dtype]:
     """Check --output, pick the device, join the other ranks, seed. -> (device, compute dtype)"""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
-        raise UserError(f"torch {torch.__version__} is too old: pip install 'torch>=2.11'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -970,24 +968,20 @@ def load_model(
         decoder.requires_grad_(True)
     if vocab_size > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(vocab_size, mean_resizing=RANK == 0)
-    if RANK == 0:
-        model.to("cpu" if shard or load_in_4bit else device)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
     setattr(model, method.__name__, bound)
     if not args.no_packing:
         model.set_attn_implementation("stretches")
-    for name in broadcast(lean_modules(model) if RANK == 0 else None):
-        module = model.get_submodule(name)
-        module.forward = types.MethodType(lean_forward(module), module)
+    make_lean(model)
     if load_in_4bit:  # layer by layer: 16 bits a weight may not fit on the GPU
         for name in find_targets(model, "all-linear"):
             model.set_submodule(name, Linear4bit(model.get_submodule(name), device))
     if RANK == 0:
         model.to("cpu" if shard else device)
-    if RANK == 0 and method is target_logps and not args.chat:
-        check_model(model, args, exact=dtype == torch.float32)
+        if method is target_logps and not args.chat:
+            check_model(model, args, exact=dtype == torch.float32)
     if shard:
         shard_model(model, dtype, device, offload, method.__name__)
     elif RANKS > 1:
@@ -1047,7 +1041,7 @@ class Linear4bit(nn.Linear):
 
     def __init__(self, layer: nn.Linear, device):
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a package is missing on CPUs
-        from bitsandbytes.functional import quantize_4bit  # loads CUDA libraries: only if needed
+        import bitsandbytes  # loads CUDA libraries: only if needed
 
         if device.type == "cpu" and layer.in_features % 64:  # bitsandbytes 0.50 gets it wrong
             size = layer.in_features
@@ -1056,13 +1050,12 @@ class Linear4bit(nn.Linear):
         w = layer.weight.data
         w = torch.zeros_like(w, device=device) if w.is_meta else w.to(device).contiguous()
         kind = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
-        packed, self.state = quantize_4bit(w, **kind)
+        packed, self.state = bitsandbytes.functional.quantize_4bit(w, **kind)
         self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+        self.product = bitsandbytes.matmul_4bit
 
     def forward(self, x):
-        from bitsandbytes import matmul_4bit
-
-        return matmul_4bit(x, self.weight, self.state, bias=self.bias)
+        return self.product(x, self.weight, self.state, bias=self.bias)
 
 
 LINEAR = nn.Linear, Linear4bit  # not their other subclasses: routers, say
@@ -1099,27 +1092,25 @@ def lean_mlp(self, x):
     return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def lean_forward(module):
-    if len(inspect.signature(module.forward).parameters) != 1:  # norms with a gate
-        return None
-    if isinstance(getattr(module, "gate_proj", None), nn.Linear):
-        return lean_mlp
-    return lean_norm if hasattr(module, "variance_epsilon") else None
-
-
 @torch.no_grad()
-def lean_modules(model) -> list[str]:
-    """Names of the norms and MLPs that a lean forward computes exactly: not of Gemma's norm, or
-    of an MLP with another activation or with dropout."""
-    found = []
-    for name, module in model.train().named_modules():
-        if lean := lean_forward(module):
-            weight = getattr(module, "gate_proj", module).weight
+def make_lean(model) -> None:
+    """Give norms and MLPs these forwards where they compute the same: not Gemma's norm, or an MLP
+    with another activation or with dropout. Rank 0 tries one module of each class."""
+    found = {}
+    for module in model.train().modules():
+        mlp = isinstance(getattr(module, "gate_proj", None), nn.Linear)
+        alone = len(inspect.signature(module.forward).parameters) == 1  # not norms with a gate
+        if alone and (mlp or hasattr(module, "variance_epsilon")):
+            found.setdefault((type(module), lean_mlp if mlp else lean_norm), []).append(module)
+    for (_, lean), modules in found.items():
+        equal = False
+        if RANK == 0:
+            weight = getattr(modules[0], "gate_proj", modules[0]).weight
             x = torch.linspace(-3, 3, 2 * weight.shape[-1]).view(2, -1).to(weight)
-            own, y = module(x).float(), lean(module, x).float()
-            if (own - y).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max():
-                found.append(name)
-    return found
+            own, y = modules[0](x).float(), lean(modules[0], x).float()
+            equal = (own - y).abs().max() <= 4 * torch.finfo(weight.dtype).eps * own.abs().max()
+        for module in modules if broadcast(bool(equal)) else ():
+            module.forward = types.MethodType(lean, module)
 
 
 @torch.no_grad()
@@ -1127,13 +1118,13 @@ def check_model(model, args, exact: bool) -> None:
     """Two documents in one pass must get the log-probabilities that the model itself gives to
     each alone: its head has no step that `target_logps` does not know, and nothing leaks."""
     device, expected = model.get_input_embeddings().weight.device, []
-    documents = [torch.arange(first, last) * 5 % 17 + 3 for first, last in ((0, 12), (12, 21))]
+    documents = [np.arange(first, last) * 5 % 17 + 3 for first, last in ((0, 12), (12, 21))]
     examples = [{"input_ids": ids, "is_target": np.arange(len(ids)) > 0} for ids in documents]
-    with own_attention(model.eval()):
-        for ids in (document.to(device) for document in documents):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-            expected.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
     problem = f"{type(model).__name__} is not supported: "
+    with own_attention(model.eval()):
+        for ids in (torch.tensor(document, device=device) for document in documents):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            expected.append(-F.cross_entropy(logits, ids[1:], reduction="none"))
     try:
         found = model.target_logps(**collate(examples, args.no_packing, device))
         # in bfloat16 single values differ by some per cent between shapes: compare the mean
@@ -1147,6 +1138,10 @@ def check_model(model, args, exact: bool) -> None:
 
 
 # ------------------------------------------------------------------------------ 6. Attention
+
+
+# torch 2.13's kernel must be told of grouped heads; 2.11's has no such option
+GROUPED = {"enable_gqa": True} if "enable_gqa" in str(inspect.signature(varlen_attn)) else {}
 
 
 def stretch_attention(
@@ -1171,44 +1166,28 @@ def stretch_attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if prefix is not None:
         key, value = (torch.cat(x, dim=2) for x in zip(prefix[module.layer_idx], (key, value)))
-    head_dim, (longest_query, longest_key) = query.shape[-1], stretches.longest
+    if stretches.key_index is not None:
+        key, value = (x.index_select(2, stretches.key_index) for x in (key, value))
+    head_dim, longest_key = query.shape[-1], stretches.longest[1]
     window = sliding_window if sliding_window and sliding_window < longest_key else None
     flash = query.is_cuda and query.dtype != torch.float32 and not dropout
     flash = flash and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0
     if flash and torch.cuda.get_device_capability(query.device)[0] >= 8:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, head_dim)
-        if stretches.key_index is not None:
-            k, v = k[stretches.key_index], v[stretches.key_index]
-        bounds = (stretches.query_ends, stretches.key_ends, longest_query, longest_key)
+        bounds = stretches.query_ends, stretches.key_ends, *stretches.longest
         side = (window - 1 if window else -1, 0)
-        return varlen_kernel()(q, k, v, *bounds, scale=scaling, window_size=side)[None], None
+        return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=side, **GROUPED)[None], None
 
-    out = []
-    if stretches.key_index is not None:
-        key, value = (x.index_select(2, stretches.key_index) for x in (key, value))
+    out, options = [], {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     keys, values = (x.split(stretches.key_lengths, dim=2) for x in (key, value))
     for q, k, v in zip(query.split(stretches.lengths, dim=2), keys, values):
-        mask = None
-        if window or k.shape[2] > q.shape[2]:
-            behind = k.shape[2] - q.shape[2]  # causal from the bottom right
+        mask, behind = None, k.shape[2] - q.shape[2]
+        if window or behind:  # causal from the bottom right
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            mask = mask.tril(behind).triu(behind + 1 - window if window else -q.shape[2])
-        options = {
-            "is_causal": mask is None,
-            "scale": scaling,
-            "enable_gqa": q.shape[1] != k.shape[1],
-        }
+            mask = mask.tril(behind).triu(behind + 1 - (window or longest_key))
+        options["is_causal"] = mask is None
         out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, **options))
     return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-@functools.cache
-def varlen_kernel():
-    """torch 2.13's varlen_attn must be told of grouped heads; 2.11's has no such option."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return functools.partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
 
 
 transformers.AttentionInterface.register("stretches", stretch_attention)
@@ -1250,69 +1229,61 @@ def chunk_size(weight, trains: bool = False) -> int:
     return size // 128 * 128 or size
 
 
-def chunk_logps(hidden, weight, bias, targets, with_slope: bool):
-    """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and onehot - softmax(z) (C, V),
-    which overwrites the logits, or None."""
+def chunk_logps(hidden, weight, bias, targets, softcap, with_slope: bool):
+    """hidden (C, d), targets (C,) -> log p(targets) (C,), float32, and d log p / d z (C, V), which
+    overwrites the logits, or None. softcap: z becomes softcap * tanh(z / softcap) (Gemma 2)."""
     z = F.linear(hidden, weight, bias).float()
+    if softcap:
+        tanh = torch.tanh(z / softcap)
+        z = softcap * tanh
     target, largest = z.gather(1, targets[:, None]), z.amax(1, keepdim=True)
     total = z.sub_(largest).exp_().sum(1, keepdim=True)
     logps = (target - largest - total.log()).squeeze(1)
     if not with_slope:
         return logps, None
-    return logps, z.div_(-total).scatter_add_(1, targets[:, None], torch.ones_like(total))
+    slope = z.div_(-total).scatter_add_(1, targets[:, None], torch.ones_like(total))
+    return logps, slope.mul_(1 - tanh**2) if softcap else slope
 
 
 class LinearLogps(torch.autograd.Function):
-    """hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> log p (N,), float32."""
+    """log p(targets) (N,) under softmax(head(hidden)), float32, without all logits.
+    hidden (N, d), weight (V, d), bias (V,) or None."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
-        learns, trains = ctx.needs_input_grad[:2]
-        with_rows, size = learns and not trains, chunk_size(weight, trains)
+    def forward(ctx, hidden, weight, bias, targets, softcap=None):
+        ctx.trains, ctx.softcap = any(ctx.needs_input_grad[1:3]), softcap
+        with_rows = ctx.needs_input_grad[0] and not ctx.trains
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         rows = torch.empty_like(hidden) if with_rows else None  # d log p / d h
+        head, size = (weight, bias), chunk_size(weight, ctx.trains)
         for n in range(0, len(hidden), size):
             part = slice(n, n + size)
-            logps[part], slope = chunk_logps(hidden[part], weight, bias, targets[part], with_rows)
+            logps[part], slope = chunk_logps(hidden[part], *head, targets[part], softcap, with_rows)
             if with_rows:
                 rows[part] = slope.to(weight.dtype) @ weight
-        ctx.save_for_backward(*((hidden, weight, bias, targets) if trains else (rows,)))
+        ctx.save_for_backward(*((hidden, weight, bias, targets) if ctx.trains else (rows,)))
         return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # (N,)
-        if not ctx.needs_input_grad[1]:
+        if not ctx.trains:
             (rows,) = ctx.saved_tensors
-            return rows * grad[:, None].to(rows.dtype), None, None, None
+            return rows * grad[:, None].to(rows.dtype), None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
-        grad_hidden, size = torch.empty_like(hidden), chunk_size(weight, trains=True)
+        head, size = (weight, bias), chunk_size(weight, trains=True)
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         for n in range(0, len(hidden), size):
             part = slice(n, n + size)
-            _, slope = chunk_logps(hidden[part], weight, bias, targets[part], True)
+            _, slope = chunk_logps(hidden[part], *head, targets[part], ctx.softcap, True)
             slope = slope.mul_(grad[part, None]).to(weight.dtype)
             grad_hidden[part] = slope @ weight
             grad_weight += slope.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
-
-
-def capped_logps(hidden, weight, bias, targets, softcap):
-    """The same through autograd, for a bias that trains and for soft-capped logits (Gemma 2)."""
-    z = F.linear(hidden, weight, bias).float()
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    return -F.cross_entropy(z, targets, reduction="none")
-
-
-def linear_logps(hidden, weight, bias, targets, softcap=None):
-    """log p(targets) (N,) under softmax(head(hidden)), float32, without all logits.
-    hidden (N, d), weight (V, d), bias (V,) or None."""
-    if not softcap and (bias is None or not bias.requires_grad):
-        return LinearLogps.apply(hidden, weight, bias, targets)
-    size = chunk_size(weight, weight.requires_grad)
-    chunks = zip(hidden.split(size), targets.split(size))
-    again = functools.partial(checkpoint, capped_logps, use_reentrant=False)
-    return torch.cat([again(h, weight, bias, t, softcap) for h, t in chunks])
+            if bias is not None:
+                grad_bias += slope.sum(0)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
 def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inputs):
@@ -1333,7 +1304,7 @@ def target_logps(model, input_ids, targets, target_index, temperature=1.0, **inp
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     hidden, bias = (x if x is None else (x * scale).to(dtype) for x in (hidden, head.bias))
     with torch.autocast(kind, enabled=False):
-        return linear_logps(hidden, weight.to(dtype), bias, targets, softcap)
+        return LinearLogps.apply(hidden, weight.to(dtype), bias, targets, softcap)
 
 
 # --------------------------------------------------------------------------------- 8. Saving
@@ -1364,17 +1335,6 @@ def find_targets(model, targets: str, flag: str = "--targets") -> list[str]:
     return [layer for layer in layers if layer in chosen]
 
 
-def say_unreached(model) -> None:
-    """Name the matrices that are in no linear layer, such as fused experts."""
-    usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
-    known, sizes = set(map(id, usual)), Counter()
-    for name, p in language_part(model).named_parameters():
-        if p.dim() > 1 and id(p) not in known:
-            sizes[".".join(name.split(".")[-2:])] += p.numel()
-    if sizes:
-        say(f"no adapter reaches {', '.join(sizes)}: {sizes.total():,} parameters in no nn.Linear")
-
-
 def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) -> None:
     """The flags of LoRA and its kin. prefix: "lora-" where training all weights is the default."""
     add = parser.add_argument_group("LoRA").add_argument
@@ -1391,11 +1351,9 @@ def add_adapter_flags(parser, prefix="", rank=16, shard=True, add_tokens=False) 
         new = "tokens to add, whose embeddings train; special if the chat template writes them"
         add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help=new)
     if shard:
-        part = "under torchrun, split the weights over the GPUs"
-        add("--shard", action="store_true", help=part)
+        add("--shard", action="store_true", help="under torchrun, split the weights over the GPUs")
     if not prefix:
-        merge = "add --adapter to --model, save the merged model in --output, and exit"
-        add("--merge-only", action="store_true", help=merge)
+        add("--merge-only", action="store_true", help="merge --adapter into --model, save and exit")
 
 
 class NewRows(nn.Module):
@@ -1424,9 +1382,17 @@ class NewRows(nn.Module):
         return self.base
 
 
-def add_new_rows(model, ids: list[int]) -> dict:
-    """Train the embeddings of these tokens, and their rows of the head. -> the field of PEFT's
-    config. A tied head shares the rows, and is not in it."""
+def add_new_rows(model, args, tokenizer, config: dict) -> dict:
+    """Train the embeddings of tokens, and their rows of the head: tokens that --adapter's config
+    names, those of --add-tokens, and those the model lacks. -> the field of PEFT's config. A tied
+    head shares the rows, and is not in it."""
+    old = config.get("trainable_token_indices") or []
+    old = sum(old.values(), []) if isinstance(old, dict) else old
+    known = pretrained(transformers.AutoConfig, args.model).get_text_config().vocab_size
+    added = tokenizer.convert_tokens_to_ids(args.add_tokens)
+    ids = list(dict.fromkeys([*old, *added, *range(known, len(tokenizer))]))
+    if not ids:
+        return {}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, layer in model.named_modules() if layer in (embedding, head)]
     tied = head.weight is embedding.weight
@@ -1438,27 +1404,12 @@ def add_new_rows(model, ids: list[int]) -> dict:
     return {"trainable_token_indices": dict.fromkeys(names, ids)}
 
 
-def new_tokens(args, tokenizer, config: dict) -> list[int]:
-    """Tokens that --adapter's config names, those of --add-tokens, and those the model lacks."""
-    ids = config.get("trainable_token_indices") or []
-    ids = sum(ids.values(), []) if isinstance(ids, dict) else ids
-    known = pretrained(transformers.AutoConfig, args.model).get_text_config().vocab_size
-    added = tokenizer.convert_tokens_to_ids(args.add_tokens)
-    return list(dict.fromkeys([*ids, *added, *range(known, len(tokenizer))]))
-
-
 def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
     """Freeze the model and put layer(linear, rank, alpha, dropout) around every layer of
-    --targets, or as --adapter has it, with its tensors. With a tokenizer, `new_tokens` train too.
+    --targets, or as --adapter has it, with its tensors. With a tokenizer, new tokens train too.
     -> fields of PEFT's LoraConfig"""
-    targets, rank, alpha, flag, config, tensors = (
-        args.targets,
-        args.rank,
-        args.alpha,
-        "--targets",
-        {},
-        {},
-    )
+    config, tensors, targets, flag = {}, {}, args.targets, "--targets"
+    rank, alpha = args.rank, args.alpha
     if args.adapter:
         config, tensors = load_adapter(args.adapter, model, "LORA")
         tensors.pop("score.weight", None)  # the head of a reward model, which its script reads
@@ -1468,10 +1419,16 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
         names = [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
     adapted = find_targets(model, targets, flag)
-    say_unreached(model)
+    usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
+    known, unreached = set(map(id, usual)), Counter()  # matrices such as fused experts
+    for name, p in language_part(model).named_parameters():
+        if p.dim() > 1 and id(p) not in known:
+            unreached[".".join(name.split(".")[-2:])] += p.numel()
+    if unreached:
+        count = f"{unreached.total():,} parameters in no nn.Linear"
+        say(f"no adapter reaches {', '.join(unreached)}: {count}")
     model.requires_grad_(False)
-    ids = new_tokens(args, tokenizer, config) if tokenizer else []
-    more = add_new_rows(model, ids) if ids else {}
+    more = add_new_rows(model, args, tokenizer, config) if tokenizer else {}
     for name in adapted:
         new = layer(model.get_submodule(name), rank, alpha, args.dropout)
         model.set_submodule(name, new)
@@ -1492,10 +1449,9 @@ def target_modules(adapted: list[str], model) -> list[str]:
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     """Give what trains the values of --adapter's tensors, and all ranks the same ones."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(p.shape) for name, p in trained.items()}
-    for name in [x for x in shapes if "token_adapter" in x and x not in tensors]:
-        shapes.pop(name)  # tokens that came after --adapter, such as a pad token
-    if args.adapter and shapes != {name: tuple(x.shape) for name, x in tensors.items()}:
+    # tokens may have come after --adapter, such as a pad token
+    shapes = {x: p.shape for x, p in trained.items() if x in tensors or "token_adapter" not in x}
+    if args.adapter and shapes != {name: x.shape for name, x in tensors.items()}:
         odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
         raise UserError(f"--adapter {args.adapter} does not fit this script and model: {odd[0]}")
     for name, p in trained.items():
@@ -1580,9 +1536,9 @@ def save_tokenizer(model, tokenizer, folder: Path) -> None:
 def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata: str) -> None:
     """What trains, or tensors by name, as an adapter folder in PEFT's form. config: fields of its
     config."""
-    trained = {name: whole(p.data) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors = tensors or {f"base_model.model.{name}": p for name, p in trained.items()}
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    tensors = {name: whole(x.detach()).cpu().contiguous() for name, x in tensors.items()}
     metadata |= {"format": "pt", "base_fingerprint": fingerprint(model)}
     base = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, **config}
@@ -1591,10 +1547,9 @@ def save_adapter(args, model, tokenizer, config: dict, tensors=None, **metadata:
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata)
         text = json.dumps(config | {"inference_mode": True}, indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        save_tokenizer(model, tokenizer, folder)
-        add_old_names(folder)
 
-    write_result(args, write, "adapter", "--model", args.model, "--adapter", args.output)
+    flags = "--model", args.model, "--adapter", args.output
+    write_result(args, model, tokenizer, write, "adapter", *flags)
 
 
 def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = None) -> None:
@@ -1608,7 +1563,6 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
     model.config.get_text_config().vocab_size = len(model.get_input_embeddings().weight)
 
     def write(folder: Path) -> None:
-        save_tokenizer(model, tokenizer, folder)
         with own_attention(model):  # other programs do not know ours
             model.save_pretrained(folder, state_dict=state)
         text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -1618,13 +1572,12 @@ def save_model(args, model, tokenizer, dtype: torch.dtype, base: str | None = No
             with suppress(OSError):
                 found = transformers.utils.cached_file(args.model, f"{kind}_config.json")
                 shutil.copy(found, folder)
-        add_old_names(folder)
         if base:
             names = [name for name, p in model.named_parameters() if p.requires_grad]
             trained, metadata = {n: state[n] for n in names}, {"base_fingerprint": base}
             safetensors.torch.save_file(trained, folder / "trained.safetensors", metadata)
 
-    write_result(args, write, "model", "--model", args.output)
+    write_result(args, model, tokenizer, write, "model", "--model", args.output)
 
 
 def add_old_names(folder: Path) -> None:
@@ -1659,19 +1612,22 @@ def results_in(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
-def write_result(args, write, kind: str, *flags: str) -> None:
-    """write(temporary folder) on rank 0, then move its files into --output in place of an old
-    result. A run that is killed leaves no half-written file. flags: what loads the result."""
+def write_result(args, model, tokenizer, write, kind: str, *flags: str) -> None:
+    """The tokenizer and write(temporary folder) on rank 0, then move all files into --output in
+    place of an old result. A run that is killed leaves no half-written file. flags: what loads the
+    result."""
     folder, temporary = Path(args.output), Path(args.output) / ".unfinished"
     if RANK == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        save_tokenizer(model, tokenizer, temporary)
         write(temporary)
+        add_old_names(temporary)
         for old in results_in(folder):
             old.unlink()
-        os.umask(umask := os.umask(0))
+        mode = (temporary / "tokenizer_config.json").stat().st_mode
         for path in sorted(temporary.iterdir()):
-            path.chmod(0o666 & ~umask)  # safetensors writes for the owner alone
+            path.chmod(mode)  # safetensors writes for the owner alone
             replace(path, folder / path.name)
         temporary.rmdir()
     if RANKS > 1:
@@ -1695,11 +1651,10 @@ def replace(temporary: Path, path: Path) -> None:
 
 def check_output(args) -> None:
     """Refuse an --output that holds an unfinished run or a result, unless told to go on."""
-    output, metrics = Path(args.output), Path(args.output) / "metrics.jsonl"
+    output = Path(args.output)
     if output.resolve() in [Path(name).resolve() for name in (args.model, args.adapter) if name]:
         raise UserError(f"--output {output} is what this run reads: choose another folder")
-    done = metrics.exists() and '{"done": true' in metrics.read_text(encoding="utf-8")
-    unfinished = checkpoints(args) or metrics.exists() and not done
+    unfinished = (output / "checkpoint").exists()  # the end of a run removes it
     if args.overwrite or args.resume and unfinished:
         return
     if unfinished:
@@ -1733,9 +1688,8 @@ def sum_gradients(model) -> None:
         raise UserError(f"{len(lost)} trainable parameters get no gradient, among them {lost[0]}")
     gradients = [p.grad for p in trained.values() if not isinstance(p, DTensor)]
     if RANKS > 1 and gradients:
-        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+        flat = sum_over_ranks(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(flat, gradients)
 
 
 def sum_over_ranks(tensor):
@@ -1807,7 +1761,6 @@ class Log:
         self.args, self.run, self.total, self.device = args, run, total, device
         self.path, self.pending, self.signal = Path(args.output) / "metrics.jsonl", None, 0
         if RANK == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 # after --resume: no line past the checkpoint
                 file.truncate(min(run["metrics_size"], file.tell()))
@@ -1847,10 +1800,8 @@ class Log:
         entry["tokens_per_second"] = round(tokens / (now - self.clock))
         figures = {"loss": loss} | figures
         norm = torch.zeros_like(loss) if grad_norm is None else whole(grad_norm)
-        self.pending, self.clock = (
-            (entry, list(figures), torch.stack([*figures.values()]), norm),
-            now,
-        )
+        self.pending = entry, list(figures), torch.stack([*figures.values()]), norm
+        self.clock = now
         self.bar.update()
         if self.run["step"] == self.total:
             self.flush()
@@ -1902,7 +1853,6 @@ def save_checkpoint(args, name: str, run: dict, model, optimizers) -> None:
         raise UserError(f"step {run['step']}: weights are not finite. Try a lower --lr")
     path = Path(args.output) / "checkpoint" / f"{name}.pt"
     if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             content = {"run": run, "model": weights, "optimizer": states}
             torch.save(content, path.with_suffix(".unfinished"))
@@ -1964,8 +1914,9 @@ def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dic
         run = read_checkpoint(args, found[-1], model, optimizers, fixed)
         say(f"resumed after step {run['step']}")
         return run
-    if RANK == 0:
+    if RANK == 0:  # until the run is done, this folder is there
         shutil.rmtree(Path(args.output) / "checkpoint", ignore_errors=True)
+        (Path(args.output) / "checkpoint").mkdir(parents=True)
     zero = {"step": 0, "tokens": 0, "metrics_size": 0}
     return zero | {"best_loss": math.inf, "best_step": 0, "fixed": fixed}
 

@@ -282,9 +282,7 @@ def experiments(options, left) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
     device = model.device
     model.to(torch.bfloat16 if cuda else torch.float32).requires_grad_(False)
-    for name in common.lean_modules(model):
-        module = model.get_submodule(name)
-        module.forward = common.lean_forward(module).__get__(module)
+    common.make_lean(model)
     for name in common.find_targets(model, "all-linear"):
         layer = lora.LoRALinear(model.get_submodule(name), 16, 32.0)
         torch.nn.init.normal_(layer.lora_B.weight, std=0.02)

@@ -59,7 +59,7 @@ def attention_of(way: str):
     """With "kernel", the model runs through stretch_attention's path for GPUs, with a stand-in
     that has the kernel's semantics."""
     original = common.stretch_attention
-    kernel, capability = common.varlen_kernel, torch.cuda.get_device_capability
+    kernel, capability = common.varlen_attn, torch.cuda.get_device_capability
 
     def on_cuda(module, query, key, value, *args, **options):
         dtype = query.dtype  # the GPU's path does not take float32
@@ -69,11 +69,11 @@ def attention_of(way: str):
 
     if way == "kernel":
         transformers.AttentionInterface.register("stretches", on_cuda)
-        common.varlen_kernel = lambda: lambda *a, **b: varlen_2_13(*a, **b, enable_gqa=True)
+        common.varlen_attn = lambda *a, **b: varlen_2_13(*a, **b | {"enable_gqa": True})
         torch.cuda.get_device_capability = lambda *_: (9, 0)
     yield
     transformers.AttentionInterface.register("stretches", original)
-    common.varlen_kernel, torch.cuda.get_device_capability = kernel, capability
+    common.varlen_attn, torch.cuda.get_device_capability = kernel, capability
 
 
 def documents(examples: dict):

@@ -698,7 +698,7 @@ def test_every_flipped_bit_is_found_or_harmless(bits, tmp_path):
     model(torch.randn(4, 3)).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "checkpoint").mkdir()
     run = {"step": 1, "tokens": 5, "fixed": {"--lr": 0.1, "--adapter": None}}
     common.save_checkpoint(args, "step-00000001", run, model, optimizer)
     path, states = tmp_path / "checkpoint" / "step-00000001.pt", list(optimizer.state.values())
