@@ -54,7 +54,6 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -868,6 +867,8 @@ def inspect_examples(train_set, tokenizer) -> None:
 
 def setup(args) -> tuple[torch.device, torch.dtype]:
     """Check --output, pick the device, join the other ranks, seed. -> (device, compute dtype)"""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        raise UserError(f"torch {torch.__version__} is too old: pip install 'torch>=2.11'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -1140,8 +1141,11 @@ def check_model(model, args, exact: bool) -> None:
 # ------------------------------------------------------------------------------ 6. Attention
 
 
-# torch 2.13's kernel must be told of grouped heads; 2.11's has no such option
-GROUPED = {"enable_gqa": True} if "enable_gqa" in str(inspect.signature(varlen_attn)) else {}
+with suppress(ImportError):  # an old torch, which `setup` refuses
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.13's must be told of grouped heads; 2.11's has no such option
+    GROUPED = {"enable_gqa": True} if "enable_gqa" in str(inspect.signature(varlen_attn)) else {}
 
 
 def stretch_attention(

@@ -660,6 +660,18 @@ def test_a_mistyped_or_unreachable_name_is_refused(name, start):
     assert start(name).startswith(f"--model {name}: no such folder, and loading from the Hub")
 
 
+@pytest.mark.parametrize("version, old", [("2.10.1", True), ("2.9.0+cu128", True),
+                                          ("2.11.0+cu130", False), ("3.0.0a0", False)])  # fmt: skip
+def test_an_old_torch_is_refused(version, old, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", version)
+    args = make_args("--model", TINY, "--output", str(tmp_path / "out"))
+    if old:
+        with pytest.raises(common.UserError, match="too old.*2.11"):
+            common.setup(args)
+    else:
+        assert common.setup(args)[0].type in ("cpu", "cuda", "mps")
+
+
 @pytest.mark.parametrize("count, recomputed", [([], 3), (["1"], 1), (["2"], 2), (["9"], 3)])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_recomputed_blocks_give_the_same_gradients(name, count, recomputed):
