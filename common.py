@@ -1763,7 +1763,7 @@ class Log:
     def __init__(self, args, run: dict, total: int, device):
         """run: see `start_run`. total: steps of the whole run."""
         self.args, self.run, self.total, self.device = args, run, total, device
-        self.path, self.pending, self.signal = Path(args.output) / "metrics.jsonl", None, 0
+        self.path, self.pending, self.signal = Path(args.output) / "metrics.jsonl", [], 0
         if RANK == 0:
             with open(self.path, "ab") as file:
                 # after --resume: no line past the checkpoint
@@ -1775,7 +1775,7 @@ class Log:
             signal.signal(kind, self.on_signal)
         options = {"disable": RANK > 0, "mininterval": 0.5 if sys.stderr.isatty() else 10}
         self.bar = tqdm(total=total, initial=run["step"], unit="step", **options)
-        self.clock = time.perf_counter()
+        self.clock, self.clock_tokens = time.perf_counter(), run["tokens"]
 
     def on_signal(self, kind: int, frame) -> None:
         self.signal = kind
@@ -1796,37 +1796,38 @@ class Log:
 
     def step_done(self, examples: dict, loss, lr: float, grad_norm=None, **figures) -> None:
         """loss, figures: this rank's parts, tensors; logged are the sums over ranks."""
-        self.flush()  # the step before: reading its figures hardly waits for the GPU
-        tokens, now = sum(map(len, examples["input_ids"])), time.perf_counter()
         self.run["step"] += 1
-        self.run["tokens"] += tokens
+        self.run["tokens"] += sum(map(len, examples["input_ids"]))
         entry = {"step": self.run["step"], "lr": lr, "tokens": self.run["tokens"]}
-        entry["tokens_per_second"] = round(tokens / (now - self.clock))
         figures = {"loss": loss} | figures
         norm = torch.zeros_like(loss) if grad_norm is None else whole(grad_norm)
-        self.pending = entry, list(figures), torch.stack([*figures.values()]), norm
-        self.clock = now
+        self.pending.append((entry, [*figures], torch.stack([*figures.values()]), norm))
         self.bar.update()
-        if self.run["step"] == self.total:
+        if self.run["step"] % 10 == 0 or self.run["step"] == self.total:
             self.flush()
 
     def flush(self) -> None:
-        """Write the last step. A loss or a gradient norm that is not finite ends the run."""
+        """Write the pending steps: reading them waits for the GPU, so not at every step. A loss or
+        a gradient norm that is not finite ends the run."""
         if not self.pending:
             return
-        (entry, names, values, norm), self.pending = self.pending, None
-        values, norm = sum_over_ranks(values).tolist(), norm.item()
-        if not math.isfinite(values[0] + norm):
-            last = (checkpoints(self.args) or ["none yet"])[-1]
-            problem = f"step {entry['step']}: loss {values[0]}, gradient norm {norm}: not finite"
-            raise UserError(f"{problem}; last checkpoint: {last}. Try a lower --lr")
+        read = [(sum_over_ranks(x).tolist(), norm.item()) for *_, x, norm in self.pending]
+        tokens, now = self.run["tokens"], time.perf_counter()
+        speed = round((tokens - self.clock_tokens) / (now - self.clock))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of the process
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
-        entry |= dict(zip(names, values)) | {"grad_norm": norm or None}
-        self.write(**entry, peak_memory_gib=round(memory / 2**30, 3))
-        speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
-        self.bar.set_postfix_str(f"loss {values[0]:.3f}, {speed}", refresh=False)
+        more = {"tokens_per_second": speed, "peak_memory_gib": round(memory / 2**30, 3)}
+        for (entry, names, *_), (values, norm) in zip(self.pending, read):
+            if not math.isfinite(values[0] + norm):
+                last = (checkpoints(self.args) or ["none yet"])[-1]
+                problem = (
+                    f"step {entry['step']}: loss {values[0]}, gradient norm {norm}: not finite"
+                )
+                raise UserError(f"{problem}; last checkpoint: {last}. Try a lower --lr")
+            self.write(**entry, **dict(zip(names, values)), grad_norm=norm or None, **more)
+        self.bar.set_postfix_str(f"loss {values[0]:.3f}, {speed:,} tokens/s", refresh=False)
+        self.pending, self.clock, self.clock_tokens = [], now, tokens
 
     def evaluation(self, **values: float) -> None:
         """Held-out figures, such as loss in nats a token."""
