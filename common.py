@@ -8,7 +8,7 @@
     6. Attention            one attention per stretch of tokens: packed documents stay apart
     7. Log-probabilities    of target tokens, without all logits in memory
     8. Saving               adapted layers, PEFT adapters, Hugging Face folders
-    9. The run              learning rate, answers, metrics, signals, checkpoints
+    9. The run              learning rate, answers, metrics, signals, checkpoints, chat
 
 Nothing here knows a fine-tuning method: layers, losses and training loops are in the scripts.
 """
@@ -120,7 +120,7 @@ def make_parser(doc: str, output: str, lr: float, chat: bool = True) -> argparse
     add("--overwrite", action="store_true", help="replace the run in --output")
     if chat:
         add = parser.add_argument_group("chat").add_argument
-        add("--chat", action="store_true", help="answer prompts: one per line of standard input")
+        add("--chat", action="store_true", help="chat with the model, or answer lines from a pipe")
         add("--chat-tokens", type=int, default=512, help="maximum tokens of an answer")
         add("--chat-temperature", type=float, default=0.0, help="of sampling; 0: greedy")
     return parser
@@ -137,8 +137,8 @@ def parse_args(parser, argv: list[str] | None, demo: dict) -> argparse.Namespace
         raise UserError("--inspect needs --data")
     if args.merge_only and not (args.model and args.adapter):
         raise UserError("--merge-only needs --model (the base) and --adapter")
-    if args.chat and (not args.model or RANKS > 1):
-        raise UserError("--chat needs --model and one process")
+    if args.chat and (not args.model or args.inspect or RANKS > 1):
+        raise UserError("--chat needs --model and one process, and excludes --inspect")
     if args.inspect or args.merge_only or args.chat or args.model and args.data:
         return args
     if args.model or args.data:
@@ -205,7 +205,7 @@ def open_source(name: str):
 
 
 def read_file(path: Path):
-    """Yield (place, row). A row is a dictionary, or a line of JSON."""
+    """Yield (place, row). A line of JSON is a row as bytes, for `load_row`; others are objects."""
     kind, opener = suffix_of(path), gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as file:
         rows, start = file, file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \r\n\t")
@@ -230,7 +230,7 @@ def drop_nulls(value):
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-# What is wrong with a row is a ValueError from here on.
+# From here on, an exception says what is wrong with a row.
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
@@ -280,8 +280,8 @@ def to_message(message, role: str | None = None) -> dict:
 
 
 def to_messages(value, field: str, role: str | None = None) -> list[dict]:
-    """The value of a field -> messages. Text is one message of the role, if there is one."""
-    if isinstance(value, str) and value.startswith("\n\nHuman:"):  # Anthropic's HH
+    """The value of a field -> messages. Text is one message of the role, or an error without."""
+    if role == "assistant" and str(value).startswith("\n\nHuman:"):  # Anthropic's HH
         _, *parts = re.split(r"\n\n(Human|Assistant):", value)
         value = [{"from": x, "value": y.strip()} for x, y in zip(parts[::2], parts[1::2])]
     value = [value] if isinstance(value, dict) or role and isinstance(value, str) else value
@@ -297,8 +297,8 @@ def take_text(left: dict, field: str) -> str:
 
 
 def take_answers(left: dict, turns: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Take the answers of a preference out of a row. They may be whole conversations that part in
-    their last turn. -> (turns before the answers, answers, best first)"""
+    """Take the answers of a preference out of a row. They may be whole conversations that differ
+    only in their last turn. -> (turns before the answers, answers, best first)"""
     fields = ["responses"] * len(left.get("responses", ())) or ["chosen", "rejected"]
     values = left.pop("responses", None) or [left.pop(field) for field in fields]
     answers = [to_messages(value, field, "assistant") for value, field in zip(values, fields)]
@@ -324,14 +324,14 @@ def load_row(row) -> dict:
 
 
 def parse_row(row, kind: str = "any") -> tuple:
-    """A row of any of the README's layouts -> (turns, or raw text; the candidates for the last
-    turn in a preference, best first, else []; tools or None; margin). kind: see `load_data`."""
+    """A row of any of the README's layouts -> (turns or raw text; answers of a preference, best
+    first, or []; tools or None; margin). kind: see `load_data`; any: without its demands."""
     left, meaningful, turns, answers = load_row(row), (*MEANINGFUL, *SAID), [], []
-    pair = "responses" in left or {"chosen", "rejected"} <= left.keys()
+    pair = bool(left.get("responses")) or {"chosen", "rejected"} <= left.keys()
     if kind == "train" and pair:
-        raise ValueError("chosen and rejected: dpo.py, orpo.py and reward_model.py train on pairs")
+        raise ValueError("chosen and rejected, or responses: for dpo.py, orpo.py, reward_model.py")
     if "pairs" in kind and not pair:
-        problem = "no chosen and rejected, and no responses: pairs of answers are needed"
+        problem = "this script needs chosen and rejected, or responses"
         raise ValueError(f"{problem} (examples/prepare_data.py converts some other layouts)")
     if pair and left.get("messages") == left.get("chosen"):  # UltraFeedback has them twice
         left.pop("messages", None)
@@ -351,7 +351,7 @@ def parse_row(row, kind: str = "any") -> tuple:
             turns = [to_message(question, "user"), to_message(reply, "assistant"), *turns]
         if answer and not pair:
             turns += to_messages(left.pop(answer), answer, "assistant")
-    elif "text" in left:
+    elif "text" in left and not pair:
         text = take_text(left, "text")
         check_unused(left, MEANINGFUL)
         return text, [], None, 0.0
@@ -359,12 +359,15 @@ def parse_row(row, kind: str = "any") -> tuple:
         known = f"messages or conversations; prompt and answer under {PROMPTS} and {ANSWERS}; text"
         raise ValueError(f"fields {sorted(left)} fit none of: {known}")
     if pair:
+        meaningful += PROMPTS + ANSWERS + MESSAGES
         turns, answers = take_answers(left, turns)
     if left.get("system") not in EMPTY and turns[0]["role"] != "system":
         turns = [*to_messages(left.pop("system"), "system", "system"), *turns]
     tools = left.pop("tools", None) or None
     tools = json.loads(tools) if isinstance(tools, str) else tools
     margin = float(left.pop("margin", None) or 0.0) if pair else 0.0
+    if not math.isfinite(margin):
+        raise ValueError(f"field 'margin' is {margin}")
     check_unused(left, meaningful)
     return turns, answers, tools, margin
 
@@ -420,12 +423,13 @@ def end_of_turn(tokenizer, text: str, start: int) -> int:
     special token of the trailing run of special tokens and white space. Templates may write a
     line break or another eos behind it. Without a special token: the end of text."""
     special = "|".join(map(re.escape, special_tokens(tokenizer)))
-    last = re.compile(rf"({special})(\s|{special})*\Z").search(text, start)
-    return last.end(1) if last else len(text)
+    run = re.compile(rf"({special})(\s|{special})*\Z").search(text, start)
+    return run.end(1) if run else len(text)
 
 
-def check_written(text: str, said: list[tuple[str, str]]) -> None:
-    """Templates drop what they do not know, such as tools, or reasoning of earlier turns."""
+def check_written(text: str, said: list[tuple[str, str]], hint: str = "") -> None:
+    """Raise if a text lacks what was said: templates drop what they do not know, such as tools or
+    system turns."""
 
     def plain(text):  # templates and tokenizers may normalise
         return re.sub(r"\s", "", unicodedata.normalize("NFC", str(text)))
@@ -434,7 +438,7 @@ def check_written(text: str, said: list[tuple[str, str]]) -> None:
     for field, part in said:
         # a generation prompt may open the thinking block
         if plain(part).removeprefix("<think>") not in written:
-            raise ValueError(f"the chat template does not write {field!r} {part!r:.40}")
+            raise ValueError(f"the chat template does not write {field!r} {part!r:.40}{hint}")
 
 
 def said_in(turn: dict) -> list[tuple[str, str]]:
@@ -482,19 +486,22 @@ def encode_conversation(tokenizer, turns: list[dict], tools=None, whole=False) -
     if any(turns[i].get("weight") not in (None, 0, 1) for i in answers):
         raise ValueError("the weight of a message must be 0 (context) or 1 (target)")
     answers = [i for i in answers if turns[i].get("weight") != 0]
-    if not answers or any(not "".join(x for _, x in said_in(turns[i])).strip() for i in answers):
+    if not answers or any(
+        not "".join(str(x) for _, x in said_in(turns[i])).strip() for i in answers
+    ):
         return []
     render = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
     texts = []  # (text, character spans of targets)
     for i in answers:
         prompt, text = render(turns[:i], add_generation_prompt=True), render(turns[: i + 1])
-        start = len(prompt)
+        start = said_from = len(prompt)
         if not text.startswith(prompt):  # the generation prompt may open a thinking block
             start = len(os.path.commonprefix([prompt, text]))
-            if not text.startswith(render(turns[:i])):
+            said_from = len(context := render(turns[:i]))
+            if not text.startswith(context):
                 raise ValueError("the chat template changes the prompt when the answer is added")
         end = len(text) if whole else end_of_turn(tokenizer, text, start)
-        check_written(text[start:end], said_in(turns[i]))
+        check_written(text[said_from:end], said_in(turns[i]))
         spans = [(start, end)]
         if texts and text.startswith(texts[-1][0]):
             spans = texts.pop()[1] + spans
@@ -504,7 +511,7 @@ def encode_conversation(tokenizer, turns: list[dict], tools=None, whole=False) -
     said = [("tools", (tool.get("function") or tool)["name"]) for tool in tools or []]
     before = turns[: answers[-1]]  # what follows the last answer teaches nothing
     said += [x for turn in before if turn["role"] in ("system", "user") for x in said_in(turn)]
-    check_written("".join(text for text, _ in texts), said)
+    check_written("".join(text for text, _ in texts), said, " (--merge-system may help)")
     return [tokenize(tokenizer, *text) for text in texts]
 
 
@@ -518,7 +525,7 @@ def encode_answers(tokenizer, turns, answers, tools=None, whole=False) -> list[t
     """A prompt with each of its answers as (ids, is_target); none where an answer is empty."""
     context = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
     conversations = [[*context, answer] for answer in answers]
-    encoded = [encode_conversation(tokenizer, turns, tools, whole) for turns in conversations]
+    encoded = [encode_conversation(tokenizer, x, tools, whole) for x in conversations]
     return sum(encoded, []) if all(encoded) else []
 
 
@@ -537,10 +544,10 @@ def share_prompt(encoded: list[tuple]) -> tuple[list, np.ndarray, list[int]]:
 COLUMNS = {  # of a data set of examples
     "input_ids": datasets.List(datasets.Value("int32")),
     "is_target": datasets.List(datasets.Value("bool")),
-    "stretches": datasets.List(datasets.Value("int32")),  # lengths: a text, or prompt and answers
+    "stretches": datasets.List(datasets.Value("int32")),  # lengths: [text] or [prompt, answers]
     "margin": datasets.Value("float32"),  # of a preference
     "prompt": datasets.Value("int64"),  # a hash: examples with the same prompt share it
-    "digest": datasets.Value("int64"),  # a hash of ids and targets
+    "digest": datasets.Value("int64"),  # a hash of ids and targets, for --resume
     "note": datasets.Value("string"),  # "" or "cut"; else why there are no tokens
     "source": datasets.Value("int32"),  # which of --data and --eval-data
 }
@@ -567,25 +574,26 @@ def encode_row(row, tokenizer, kind: str, settings: dict) -> list[dict]:
             return []
         prompt, marks = encoded[0]
         prompt = prompt[: marks.argmax()] if marks.any() else prompt
-    cut = any(len(ids) > limit for ids, _ in encoded)
+    cut = [len(ids) > limit for ids, _ in encoded]
     encoded = [(ids[:limit], marks[:limit]) for ids, marks in encoded]
-    parts = [(ids, marks, [len(ids)]) for ids, marks in encoded]
+    documents = [(ids, marks, [len(ids)]) for ids, marks in encoded]
     if pairs:
         different = {tuple(ids): (ids, marks) for ids, marks in encoded}
         if len(different) < 2 or not all(marks.any() for _, marks in encoded):
             return []
-        parts = [share_prompt([*different.values()])]
-        prompt = parts[0][0][: parts[0][2][0]]
-    examples, shared = [], {"margin": margin, "prompt": hash(tuple(prompt)), "note": "cut" * cut}
-    for ids, marks, stretches in parts:
+        documents, cut = [share_prompt([*different.values()])], [any(cut)]
+        prompt = documents[0][0][: documents[0][2][0]]
+    examples, fields = [], {"margin": margin, "prompt": hash(tuple(prompt))}
+    for (ids, marks, stretches), is_cut in zip(documents, cut):
         if max(ids) >= settings["vocab_size"]:
             token = tokenizer.convert_ids_to_tokens(max(ids))
             raise ValueError(f"the model has no token {token!r}: lora.py and sft.py can add it")
-        marks[: stretches[0]] |= settings["loss_on"] == "all"
+        marks[: stretches[0]] |= settings["loss_on"] == "all"  # the prompt; a text is one
         marks[0] = False  # nothing predicts a first token
-        if marks.any() or (kind == "prompts" and ids == prompt):
+        if marks.any() or (kind == "prompts" and not is_cut):
             lists = {"input_ids": ids, "is_target": marks, "stretches": stretches}
-            examples.append(shared | lists | {"digest": hash((*ids, *marks))})
+            more = {"digest": hash((*ids, *marks)), "note": "cut" * is_cut}
+            examples.append(fields | lists | more)
     return examples
 
 
@@ -608,7 +616,7 @@ def tokenize_sources(names: list[str], tokenizer, kind: str, settings: dict) -> 
                 try:
                     examples = encode_row(row, tokenizer, kind, settings)
                 except Exception as error:  # what can be wrong with a row is open-ended
-                    reason = str(error or repr(error)).splitlines()[0]
+                    reason = (str(error) or repr(error)).splitlines()[0]
                     if type(error).__name__ == "TemplateError":  # raised by the template
                         reason += " (--merge-system may help)"
                     examples = [{"note": f"{place}: {reason}"}]
@@ -967,8 +975,10 @@ def load_model(
         say("a multimodal model: only its language part trains, on text")
         model.base_model.requires_grad_(False)
         decoder.requires_grad_(True)
-    if vocab_size > len(model.get_input_embeddings().weight):
-        model.resize_token_embeddings(vocab_size, mean_resizing=RANK == 0)
+    if vocab_size > (old := len(model.get_input_embeddings().weight)):
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight.data[old:] = layer.weight.data[:old].float().mean(0)
     bound = types.MethodType(method, model)
     if weights and dtype != weights and not shard:  # uncached, as each weight is used once
         bound = torch.autocast(device.type, dtype=dtype, cache_enabled=False)(bound)
@@ -1095,13 +1105,13 @@ def lean_mlp(self, x):
 
 @torch.no_grad()
 def make_lean(model) -> None:
-    """Give norms and MLPs these forwards where they compute the same: not Gemma's norm, or an MLP
-    with another activation or with dropout. Rank 0 tries one module of each class."""
+    """Give norms and MLPs `lean_norm` and `lean_mlp` where these compute the same: not Gemma's
+    norm, or an MLP with another activation or with dropout. Rank 0 tries one of each class."""
     found = {}
     for module in model.train().modules():
         mlp = isinstance(getattr(module, "gate_proj", None), nn.Linear)
-        alone = len(inspect.signature(module.forward).parameters) == 1  # not norms with a gate
-        if alone and (mlp or hasattr(module, "variance_epsilon")):
+        takes_x = len(inspect.signature(module.forward).parameters) == 1  # not norms with a gate
+        if takes_x and (mlp or hasattr(module, "variance_epsilon")):
             found.setdefault((type(module), lean_mlp if mlp else lean_norm), []).append(module)
     for (_, lean), modules in found.items():
         equal = False
@@ -1170,18 +1180,20 @@ def stretch_attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if prefix is not None:
         key, value = (torch.cat(x, dim=2) for x in zip(prefix[module.layer_idx], (key, value)))
-    if stretches.key_index is not None:
-        key, value = (x.index_select(2, stretches.key_index) for x in (key, value))
     head_dim, longest_key = query.shape[-1], stretches.longest[1]
     window = sliding_window if sliding_window and sliding_window < longest_key else None
     flash = query.is_cuda and query.dtype != torch.float32 and not dropout
     flash = flash and head_dim == value.shape[-1] <= 256 and head_dim % 8 == 0
     if flash and torch.cuda.get_device_capability(query.device)[0] >= 8:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, head_dim)
+        if stretches.key_index is not None:
+            k, v = k[stretches.key_index], v[stretches.key_index]
         bounds = stretches.query_ends, stretches.key_ends, *stretches.longest
         side = (window - 1 if window else -1, 0)
         return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=side, **GROUPED)[None], None
 
+    if stretches.key_index is not None:
+        key, value = (x.index_select(2, stretches.key_index) for x in (key, value))
     out, options = [], {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     keys, values = (x.split(stretches.key_lengths, dim=2) for x in (key, value))
     for q, k, v in zip(query.split(stretches.lengths, dim=2), keys, values):
@@ -1424,9 +1436,9 @@ def add_adapter(model, args, layer, device, tokenizer=None) -> dict:
         targets, flag = ",".join(names), f"--adapter {args.adapter}"
     adapted = find_targets(model, targets, flag)
     usual = [m.weight for m in model.modules() if type(m) in LINEAR or isinstance(m, nn.Embedding)]
-    known, unreached = set(map(id, usual)), Counter()  # matrices such as fused experts
+    reached, unreached = set(map(id, usual)), Counter()  # unreached: fused experts, say
     for name, p in language_part(model).named_parameters():
-        if p.dim() > 1 and id(p) not in known:
+        if p.dim() > 1 and id(p) not in reached:
             unreached[".".join(name.split(".")[-2:])] += p.numel()
     if unreached:
         count = f"{unreached.total():,} parameters in no nn.Linear"
@@ -1453,7 +1465,7 @@ def target_modules(adapted: list[str], model) -> list[str]:
 def fill_adapter(model, args, tensors: dict, device, where: str) -> None:
     """Give what trains the values of --adapter's tensors, and all ranks the same ones."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # tokens may have come after --adapter, such as a pad token
+    # rows of tokens that came after --adapter, such as a pad token, keep their start
     shapes = {x: p.shape for x, p in trained.items() if x in tensors or "token_adapter" not in x}
     if args.adapter and shapes != {name: x.shape for name, x in tensors.items()}:
         odd = sorted(tensors.keys() - shapes) or sorted(shapes.keys() - tensors) or ["shapes"]
@@ -1616,10 +1628,10 @@ def results_in(folder: Path) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
 
 
-def write_result(args, model, tokenizer, write, kind: str, *flags: str) -> None:
+def write_result(args, model, tokenizer, write, what: str, *flags: str) -> None:
     """The tokenizer and write(temporary folder) on rank 0, then move all files into --output in
-    place of an old result. A run that is killed leaves no half-written file. flags: what loads the
-    result."""
+    place of an old result. A run that is killed leaves no half-written file. flags: of the
+    command that chats with the result."""
     folder, temporary = Path(args.output), Path(args.output) / ".unfinished"
     if RANK == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1636,7 +1648,7 @@ def write_result(args, model, tokenizer, write, kind: str, *flags: str) -> None:
         temporary.rmdir()
     if RANKS > 1:
         dist.barrier()  # torchrun would end rank 0 when another rank is done
-    say(f"the {kind} is in {args.output}")
+    say(f"the {what} is in {args.output}")
     if hasattr(args, "chat_tokens") and not args.merge_only:
         flags += ("--system", args.system) if args.system else ()
         flags += ("--merge-system",) if args.merge_system else ()
@@ -1658,7 +1670,7 @@ def check_output(args) -> None:
     output = Path(args.output)
     if output.resolve() in [Path(name).resolve() for name in (args.model, args.adapter) if name]:
         raise UserError(f"--output {output} is what this run reads: choose another folder")
-    unfinished = (output / "checkpoint").exists()  # the end of a run removes it
+    unfinished = (output / "checkpoint").exists()  # made by `start_run`, removed by `Log.done`
     if args.overwrite or args.resume and unfinished:
         return
     if unfinished:
@@ -1807,8 +1819,8 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """Write the pending steps: reading them waits for the GPU, so not at every step. A loss or
-        a gradient norm that is not finite ends the run."""
+        """Write the pending steps. Reading them waits for the GPU, so `step_done` calls this at
+        every tenth step. A loss or a gradient norm that is not finite ends the run."""
         if not self.pending:
             return
         read = [(sum_over_ranks(x).tolist(), norm.item()) for *_, x, norm in self.pending]
@@ -1919,9 +1931,9 @@ def start_run(args, model, optimizers, train_set, steps: list[list[int]]) -> dic
         run = read_checkpoint(args, found[-1], model, optimizers, fixed)
         say(f"resumed after step {run['step']}")
         return run
-    if RANK == 0:  # until the run is done, this folder is there
+    if RANK == 0:  # `check_output` takes this folder for an unfinished run
         shutil.rmtree(Path(args.output) / "checkpoint", ignore_errors=True)
-        (Path(args.output) / "checkpoint").mkdir(parents=True)
+        (Path(args.output) / "checkpoint").mkdir(parents=True, exist_ok=True)
     zero = {"step": 0, "tokens": 0, "metrics_size": 0}
     return zero | {"best_loss": math.inf, "best_step": 0, "fixed": fixed}
 
@@ -1947,7 +1959,7 @@ def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
         settings["streamer"] = show
     else:
         lines = (line.strip() for line in sys.stdin if line.strip())
-    with suppress(EOFError, KeyboardInterrupt):
+    with suppress(EOFError, *[KeyboardInterrupt] * terminal):
         while prompts := list(itertools.islice(lines, 1 if terminal else 32)):
             if prompts == [""]:
                 turns = []
@@ -1962,4 +1974,5 @@ def chat(model, tokenizer, args, device, placeholders: list[int] = ()) -> None:
             for prompt, text in zip(prompts, texts):
                 row = {"prompt": prompt, "completion": text}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
-    print(end="\n" * terminal)
+    if terminal:
+        print()

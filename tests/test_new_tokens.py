@@ -122,10 +122,8 @@ def test_the_gradients_of_the_rows_are_pefts(kind, bases, flags, monkeypatch):
     base = own(bases[kind])
     base.resize_token_embeddings(261, mean_resizing=False)
     with torch.no_grad():
-        for table, layer in zip(
-            tables(base), (ours.get_input_embeddings(), ours.get_output_embeddings())
-        ):
-            table[259:] = layer.base.weight[259:]
+        for table in tables(base):
+            table[259:] = table[:259].mean(0)
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **config))
     logps = theirs(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
     logps.gather(1, ids[1:, None]).sum().backward()

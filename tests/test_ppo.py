@@ -323,6 +323,12 @@ def test_prompts_of_all_kinds_of_rows(load, tmp_path):
     texts = [tuple(tokenizer.decode(x, skip_special_tokens=True) for x in pair) for pair in found]
     assert texts == expected
     assert tokenizer.decode(found[0][0]).endswith("<|im_start|>assistant\n")
+    # a prompt as long as --max-length: kept where it has no answer, else dropped
+    rows = [{"prompt": "Hi"}, {"prompt": "Hi", "completion": "Yo"}]
+    args, tokenizer, *_ = load("--data", write_rows(tmp_path / "two.jsonl", rows))
+    args.max_length = len(found[0][0])
+    (ids,) = common.load_data(args, tokenizer, "prompts")[0]["input_ids"]
+    assert ids.tolist() == found[0][0]
 
 
 # ------------------------------------------------------------------------------- four models

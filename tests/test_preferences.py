@@ -53,6 +53,11 @@ READ = {  # row -> the prompt that must come out
         [Q, turn("assistant", "A"), turn("user", "Q\n\nC")],
     ),
     "LLaMA-Factory": ({"conversations": [Q], "chosen": GOOD, "rejected": BAD}, [Q]),
+    "HH's prompt is text": ({"prompt": HUMAN, **PAIR}, [turn("user", HUMAN)]),
+    "a text beside conversations": (
+        {"text": "x", "chosen": [Q, GOOD], "rejected": [Q, BAD]},
+        [Q],
+    ),
     "ranked": ({"prompt": "Q", "responses": ["good", "bad"]}, [Q]),
 }  # fmt: skip
 
@@ -84,6 +89,9 @@ REFUSED = [
     ({"prompt": "Q", "completion": "good", **PAIR}, "'completion' would be ignored"),
     ({"prompt": "Q", "label": 1, **PAIR}, "'label' would be ignored"),
     ({"prompt": "Q", **PAIR, "margin": "much"}, "could not convert string to float: 'much'"),
+    ({"prompt": "Q", **PAIR, "margin": float("nan")}, "'margin' is nan"),
+    ({"prompt": "Q", "messages": [Q], **PAIR}, "'prompt' would be ignored"),
+    ({"chosen": [Q, GOOD], "rejected": [Q, BAD], "response": "r"}, "'response' would be ignored"),
     ({"prompt": "Q", "chosen": None, "rejected": "bad"}, "'chosen' is None"),
 ]
 
@@ -94,10 +102,14 @@ def test_what_is_not_understood_is_refused_by_name(row, match):
         common.parse_row(row)
 
 
+def test_no_responses_are_no_preference():
+    assert common.parse_row({"messages": [Q, GOOD], "responses": []}, "train")[0] == [Q, GOOD]
+
+
 def test_bad_rows_are_one_error_with_file_and_line(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [READ["text"][0], {"prompt": "Q", "label": 1}])
     flags = ["--model", TINY, "--data", data, "--output", str(tmp_path / "out")]
-    with pytest.raises(common.UserError, match="rows.jsonl:2: .*pairs of answers"):
+    with pytest.raises(common.UserError, match="rows.jsonl:2: .*needs chosen and rejected"):
         dpo.main(flags)
     assert not (tmp_path / "out").exists()
 
