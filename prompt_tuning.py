@@ -103,12 +103,10 @@ def make_room(examples, P: int, placeholder: int):
     """A data set with P placeholders before every example. They are not targets."""
 
     def before(columns: dict) -> dict:
-        values = {"input_ids": placeholder, "is_target": False}
-        longer = {
-            name: [np.concatenate([np.full(P, value, x.dtype), x]) for x in columns[name]]
-            for name, value in values.items()
-        }
-        return longer | {"stretches": [[len(ids)] for ids in longer["input_ids"]]}
+        new = {"stretches": [x + P for x in columns["stretches"]]}
+        for name, value in {"input_ids": placeholder, "is_target": False}.items():
+            new[name] = [np.concatenate([np.full(P, value, x.dtype), x]) for x in columns[name]]
+        return new
 
     return examples.map(before, batched=True, features=examples.features)
 
