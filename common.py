@@ -299,9 +299,11 @@ def take_text(left: dict, field: str) -> str:
 def take_answers(left: dict, turns: list[dict]) -> tuple[list[dict], list[dict]]:
     """Take the answers of a preference out of a row. They may be whole conversations that differ
     only in their last turn. -> (turns before the answers, answers, best first)"""
-    fields = ["responses"] * len(left.get("responses", ())) or ["chosen", "rejected"]
-    values = left.pop("responses", None) or [left.pop(field) for field in fields]
-    answers = [to_messages(value, field, "assistant") for value, field in zip(values, fields)]
+    if ranked := left.pop("responses", None):
+        answers = [to_messages(value, "responses", "assistant") for value in ranked]
+    else:
+        names = "chosen", "rejected"
+        answers = [to_messages(left.pop(name), name, "assistant") for name in names]
     context = answers[0][:-1]
     if any(answer[:-1] != context for answer in answers):
         raise ValueError("the answers must have the same turns before their last one")

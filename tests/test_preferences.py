@@ -103,6 +103,7 @@ def test_what_is_not_understood_is_refused_by_name(row, match):
 
 
 def test_no_responses_are_no_preference():
+    assert common.parse_row({"prompt": "Q", **PAIR, "responses": None})[1] == [GOOD, BAD]
     assert common.parse_row({"messages": [Q, GOOD], "responses": []}, "train")[0] == [Q, GOOD]
 
 
