@@ -99,7 +99,8 @@ def parse(row: dict) -> dict:
             row = row | {key: ""}
     turns, answers, tools, margin = common.parse_row(row)
     if answers:
-        new = {"prompt": turns, "chosen": answers[:1], "rejected": answers[-1:], "margin": margin}
+        chosen, rejected = answers  # a longer ranking cannot be one pair
+        new = {"prompt": turns, "chosen": [chosen], "rejected": [rejected], "margin": margin}
     else:
         new = {"text": turns} if isinstance(turns, str) else {"messages": turns}
     return new | ({"tools": tools} if tools else {})
