@@ -789,10 +789,12 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
     ids = np.concatenate([example["input_ids"] for example in examples]).astype(np.int64)
     marks = np.concatenate([example["is_target"] for example in examples]).astype(bool)
     before, positions, lengths, keys, rows = np.arange(len(ids)) - 1, [], [], [], []
+    start = 0
     for example in examples:
         stretches, prompt = example.get("stretches", [len(example["input_ids"])]), np.arange(0)
         for n, length in enumerate(stretches):
-            own = np.arange(length) + sum(lengths)
+            own = np.arange(start, start + length)
+            start += length
             before[own[:1]] = prompt[-1:] if n else -1  # an answer follows its prompt
             positions.append(np.arange(length) + len(prompt))
             keys.append(np.concatenate([prompt, own]))
@@ -802,7 +804,8 @@ def collate(examples: list[dict], padded: bool, device) -> dict:
     if padded:
         width = max(map(len, rows))
         rows = np.stack([np.pad(x, (0, width - len(x)), constant_values=-1) for x in rows])
-        found, first = np.unique(rows, return_index=True)  # where each token stands first
+        # a prompt's tokens are in a row for every answer: its targets count in the first
+        found, first = np.unique(rows, return_index=True)
         batch = {"input_ids": np.where(rows < 0, 0, ids[rows])}
         batch |= {"attention_mask": (rows >= 0).astype(np.int64)}
         batch |= {"targets": ids[marks], "target_index": first[found >= 0][marks] - 1}
