@@ -1838,10 +1838,9 @@ class Log:
         for (entry, names, *_), (values, norm) in zip(self.pending, read):
             if not math.isfinite(values[0] + norm):
                 last = (checkpoints(self.args) or ["none yet"])[-1]
-                problem = (
-                    f"step {entry['step']}: loss {values[0]}, gradient norm {norm}: not finite"
-                )
-                raise UserError(f"{problem}; last checkpoint: {last}. Try a lower --lr")
+                problem = f"loss {values[0]}, gradient norm {norm}: not finite"
+                way_out = f"last checkpoint: {last}. Try a lower --lr"
+                raise UserError(f"step {entry['step']}: {problem}; {way_out}")
             self.write(**entry, **dict(zip(names, values)), grad_norm=norm or None, **more)
         self.bar.set_postfix_str(f"loss {values[0]:.3f}, {speed:,} tokens/s", refresh=False)
         self.pending, self.clock, self.clock_tokens = [], now, tokens

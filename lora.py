@@ -96,8 +96,7 @@ def train(args) -> None:
     train_set, eval_set = common.load_data(args, tokenizer)
     if args.inspect:
         return common.inspect_examples(train_set, tokenizer)
-    size = len(tokenizer)
-    model = common.load_model(args, dtype, device, shard=args.shard, vocab_size=size)
+    model = common.load_model(args, dtype, device, shard=args.shard, vocab_size=len(tokenizer))
     config = common.add_adapter(model, args, LoRALinear, device, tokenizer)
     if args.chat:
         return common.chat(model, tokenizer, args, device)
