@@ -75,6 +75,7 @@ def test_what_cannot_be_used_is_counted_by_its_reason(run, capsys):
     rows += [
         {"prompt": "R", "completion": "N/A."},
         {"prompt": "S", "completion": "x", "label": True},
+        {"prompt": "T", "responses": ["one", "two", "three"]},  # no single pair
     ]
     written, report, _ = run(rows, "--min-answer", 3, "--max-answer", 39)
     assert [row["messages"][1]["content"] for row in written] == ["fine"]
@@ -86,7 +87,7 @@ def test_what_cannot_be_used_is_counted_by_its_reason(run, capsys):
         "dropped: an answer speaks of being a model": 1,
         "dropped: an answer is a placeholder": 1,
         "dropped: equal answers": 1,
-        "dropped: cannot be read": 2,
+        "dropped: cannot be read": 3,
         "dropped: a label without its counterpart": 1,
         "normalised": 1,
     }
